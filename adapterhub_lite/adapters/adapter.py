@@ -1,0 +1,69 @@
+"""An adapter in memory: spec, tensors under PEFT's on-disk keys, and the card it came with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from ..errors import AdapterMismatch
+from ..formats.card import Card
+from ..formats.peft_config import LoraSpec, PrefixSpec, adapter_config, parse_adapter_config
+from ..formats.safetensors_header import read_header
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Spec + tensors + card.
+
+    Attributes:
+        tensors: PEFT's keys as on disk, e.g. `base_model.model.<module>.lora_A.weight` [rank, in],
+            `....lora_B.weight` [out, rank], or `prompt_embeddings` [tokens, 2 * layers * key-value width].
+    """
+
+    spec: LoraSpec | PrefixSpec
+    tensors: dict[str, torch.Tensor]
+    card: Card | None = None
+    name: str = ""
+    digest: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(t.numel() for t in self.tensors.values())
+
+    def files(self) -> dict[str, bytes]:
+        """The two files PEFT reads, as bytes."""
+        import json
+
+        config = json.dumps(adapter_config(self.spec), indent=2, sort_keys=True) + "\n"
+        tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(self.tensors.items())}
+        return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(tensors, metadata={"format": "pt"})}
+
+
+def read_adapter(folder: Path, *, name: str = "", digest: str = "", card: Card | None = None) -> Adapter:
+    """Read a PEFT folder whose bytes the store has verified.
+
+    Raises:
+        FormatError: config or tensor file break their format.
+        AdapterMismatch: a value is not finite.
+    """
+    spec = parse_adapter_config((folder / CONFIG_FILE).read_bytes())
+    read_header(folder / WEIGHTS_FILE)  # limits first: the library accepts files that take seconds and gigabytes
+    tensors = load_file(folder / WEIGHTS_FILE)
+    check_finite(tensors, name or folder.name)
+    return Adapter(spec, tensors, card, name, digest)
+
+
+def check_finite(tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Raise AdapterMismatch naming the first tensor that holds NaN or infinity, or is not floating point."""
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterMismatch(f"{name}: tensor {key} is {tensor.dtype}, not floating point.", "Train it again.")
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
+            raise AdapterMismatch(f"{name}: tensor {key} holds NaN or infinity.", "The training diverged; do not use it.")

@@ -1,0 +1,117 @@
+"""Fit an adapter to a base: every tensor lands in a module, exactly, or nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import AdapterMismatch
+from ..formats.peft_config import LoraSpec
+from .adapter import Adapter, check_finite
+from .lora import LoraSite, fit_lora, split_tensors
+from .prefix import FittedPrefix, fit_prefix, prefix_shape
+
+
+class HeadBuilder(Protocol):
+    """What builds a classification head from its tensors (a view's head slot)."""
+
+    def build(self, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The head as a module."""
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """The part of a base an adapter is fitted to.
+
+    Attributes:
+        modules: module name -> module, as the adapter's PEFT class names them.
+        head, head_name: the classification head's slot and attribute name, if the class has one.
+        dense_weight: gives a site's frozen weight as a dense tensor.
+    """
+
+    modules: Mapping[str, nn.Module]
+    config: Any
+    head: HeadBuilder | None
+    head_name: str
+    dense_weight: Callable[[nn.Module, torch.dtype], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter whose every tensor has its place in one base.
+
+    Attributes:
+        sites: module -> its change; empty for prefixes.
+        prefix: keys and values, or None.
+        head: the classification head, or None.
+    """
+
+    name: str
+    digest: str
+    task_type: str | None
+    sites: dict[nn.Module, LoraSite]
+    prefix: FittedPrefix | None
+    head: nn.Module | None
+    tensors: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        head = sum(p.nbytes for p in self.head.parameters()) if self.head is not None else 0
+        return head + sum(s.nbytes for s in self.sites.values()) + (self.prefix.nbytes if self.prefix else 0)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Fitted:
+        """The same adapter on `device` in `dtype`."""
+        return Fitted(
+            self.name,
+            self.digest,
+            self.task_type,
+            {m: s.to(device, dtype) for m, s in self.sites.items()},
+            self.prefix.to(device, dtype) if self.prefix else None,
+            self.head.to(device, dtype) if self.head is not None else None,
+            self.tensors,
+        )
+
+
+def fit(adapter: Adapter, target: Target) -> Fitted:
+    """Fit `adapter` to `target`.
+
+    Raises:
+        AdapterMismatch: a tensor is missing, unexpected, misshapen or not finite.
+    """
+    check_finite(adapter.tensors, adapter.name)
+    spec = adapter.spec
+    if isinstance(spec, LoraSpec):
+        parts, others = split_tensors(adapter.tensors)
+        by_name = fit_lora(spec, parts, target.modules, target.dense_weight)
+        sites = {target.modules[name]: site for name, site in by_name.items()}
+        prefix = None
+        head = _fit_head(others, "base_model.model.", target, adapter)
+    else:
+        others = dict(adapter.tensors)
+        if "prompt_embeddings" not in others:
+            raise AdapterMismatch(f"{adapter.name}: the file holds no prompt_embeddings.", "It is not a prefix adapter.")
+        prefix = fit_prefix(spec, others.pop("prompt_embeddings").float(), prefix_shape(target.config))
+        sites, head = {}, _fit_head(others, "base_model.", target, adapter)
+    return Fitted(adapter.name, adapter.digest, spec.task_type, sites, prefix, head, len(adapter.tensors))
+
+
+def _fit_head(
+    tensors: dict[str, torch.Tensor], prefix: str, target: Target, adapter: Adapter
+) -> nn.Module | None:
+    if not tensors:
+        return None
+    start = f"{prefix}{target.head_name}."
+    unexpected = [k for k in tensors if target.head is None or not k.startswith(start)]
+    if unexpected or target.head is None:
+        raise AdapterMismatch(
+            f"{adapter.name}: {len(unexpected)} of {len(adapter.tensors)} tensors have no place in this base: "
+            f"{', '.join(sorted(unexpected)[:3])}.",
+            "It was made for another model or task.",
+        )
+    return target.head.build({k.removeprefix(start): v.float() for k, v in tensors.items()})

@@ -1,0 +1,154 @@
+"""LoRA and DoRA fitted to the linear layers of a base (LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353).
+
+Fitted form of one site, with W [out, in] frozen and s the scaling:
+    LoRA:  y = W x + (s B) (A x)
+    DoRA:  y = g * (W x) + (g s B) (A x),  g = magnitude / ||W + s B A|| per output row
+so both are `down` [rank, in], `up` [out, rank] with every scale folded in, and DoRA adds `gain` = g - 1 [out].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import AdapterMismatch, Unsupported
+from ..formats.peft_config import LoraSpec
+from .sites import features, is_conv1d, is_linear, matches
+
+PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?)")
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """The change of one linear layer; all tensors in the dtype they compute in."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.down, self.up, self.gain, self.bias) if t is not None)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LoraSite:
+        """A copy on `device` in `dtype`."""
+        moved = [None if t is None else t.to(device, dtype) for t in (self.down, self.up, self.gain, self.bias)]
+        return LoraSite(*moved)  # type: ignore[arg-type]
+
+
+def split_tensors(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Sort PEFT's keys into LoRA parts by module, {module: {"A", "B", "bias", "magnitude"}}, and all other tensors."""
+    names = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias"}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    others: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            others[key] = tensor
+        else:
+            parts.setdefault(match["module"], {})[names.get(match["part"], "magnitude")] = tensor
+    return parts, others
+
+
+def fit_lora(
+    spec: LoraSpec,
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    modules: Mapping[str, nn.Module],
+    dense_weight: Callable[[nn.Module, torch.dtype], torch.Tensor],
+) -> dict[str, LoraSite]:
+    """Check LoRA parts against the modules of a base, exactly, and fold all scales in (float32).
+
+    Args:
+        parts: as `split_tensors` gives them.
+        modules: module name -> module of the base.
+        dense_weight: gives the frozen weight of a site as a dense tensor (only called for DoRA).
+
+    Raises:
+        AdapterMismatch: a module that is missing here, misses in the file, or has another shape.
+    """
+    problems = _mismatches(spec, parts, modules)
+    if problems:
+        shown = "; ".join(problems[:3])
+        raise AdapterMismatch(
+            f"{len(problems)} of {len(parts)} modules do not fit this base: {shown}.", "It was made for another model."
+        )
+    return {name: _fit_site(spec, name, part, modules[name], dense_weight) for name, part in parts.items()}
+
+
+def lora_scaling(spec: LoraSpec, module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732), with the module's own alpha where it has one."""
+    return spec.scaling(module, rank)
+
+
+def _mismatches(
+    spec: LoraSpec, parts: Mapping[str, Mapping[str, torch.Tensor]], modules: Mapping[str, nn.Module]
+) -> list[str]:
+    problems = [p for name, part in parts.items() if (p := _site_problem(spec, name, part, modules.get(name)))]
+    if spec.target_modules:
+        expected = [n for n, m in modules.items() if is_linear(m) and any(matches(n, t) for t in spec.target_modules)]
+        problems += [f"{name} is targeted but has no tensors" for name in expected if name not in parts]
+    if not parts:
+        problems.append("the file holds no LoRA tensor")
+    return problems
+
+
+def _site_problem(
+    spec: LoraSpec, name: str, part: Mapping[str, torch.Tensor], module: nn.Module | None
+) -> str | None:
+    if module is None:
+        return f"{name} does not exist here"
+    if not is_linear(module):
+        return f"{name} is {type(module).__name__}, not a linear layer"
+    if "A" not in part or "B" not in part:
+        return f"{name} has only one of lora_A and lora_B"
+    if spec.use_dora != ("magnitude" in part):
+        return f"{name} {'lacks' if spec.use_dora else 'has'} a magnitude vector"
+    n_in, n_out = features(module)
+    rank = part["A"].shape[0]
+    if tuple(part["A"].shape) != (rank, n_in) or tuple(part["B"].shape) != (n_out, rank):
+        return (
+            f"{name} has A {list(part['A'].shape)} and B {list(part['B'].shape)}, "
+            f"this layer needs [r, {n_in}] and [{n_out}, r]"
+        )
+    if "magnitude" in part and part["magnitude"].numel() != n_out:
+        return f"{name} has a magnitude of {part['magnitude'].numel()}, this layer needs {n_out}"
+    return None
+
+
+def _fit_site(
+    spec: LoraSpec,
+    name: str,
+    part: Mapping[str, torch.Tensor],
+    module: nn.Module,
+    dense_weight: Callable[[nn.Module, torch.dtype], torch.Tensor],
+) -> LoraSite:
+    down, up = part["A"].float(), part["B"].float()
+    scaling = lora_scaling(spec, name, down.shape[0])
+    up = up * scaling
+    bias = part["bias"].float() * scaling if "bias" in part else None
+    if "magnitude" not in part:
+        return LoraSite(down, up, None, bias)
+    if bias is not None:
+        raise Unsupported(f"{name}: DoRA with lora_bias has no defined meaning.", "Train it without lora_bias.")
+    weight = dense_weight(module, torch.float32).cpu()
+    norm = merged_norm(weight.T if is_conv1d(module) else weight, down, up)
+    ratio = part["magnitude"].float().flatten() / norm
+    return LoraSite(down, ratio[:, None] * up, ratio - 1, None)
+
+
+def merged_norm(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """||W + up down|| of each output row [out]; the sum is formed in row blocks, never as a whole."""
+    blocks = [
+        torch.linalg.vector_norm(torch.addmm(w, u, down), dim=1)
+        for w, u in zip(weight.split(1024), up.split(1024), strict=True)
+    ]
+    return torch.cat(blocks)

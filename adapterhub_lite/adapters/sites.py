@@ -1,0 +1,59 @@
+"""Sites: the modules of a base that an adapter can change, by the names PEFT gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..errors import Unsupported
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module maps the last dimension linearly: nn.Linear, its quantised forms, transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2), whose weight is stored [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear site."""
+    if is_conv1d(module):
+        weight = module.weight
+        return int(weight.shape[0]), int(weight.shape[1])  # type: ignore[index,union-attr]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def linear_sites(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """All linear modules by name."""
+    return {name: module for name, module in modules.items() if is_linear(module)}
+
+
+def select_sites(
+    modules: Mapping[str, nn.Module], targets: str | Sequence[str], output: nn.Module | None
+) -> dict[str, nn.Module]:
+    """The sites that `targets` names: "all-linear" (every linear layer but the output layer) or module-name suffixes.
+
+    Raises:
+        Unsupported: a suffix matches no linear module; the message lists those there are.
+    """
+    sites = linear_sites(modules)
+    if targets == "all-linear":
+        return {name: module for name, module in sites.items() if module is not output}
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    chosen = {name: module for name, module in sites.items() if any(matches(name, t) for t in wanted)}
+    unmatched = [t for t in wanted if not any(matches(name, t) for name in sites)]
+    if unmatched:
+        known = sorted({name.rpartition(".")[2] for name in sites})
+        raise Unsupported(
+            f"Target {unmatched[0]!r} matches no linear layer of this base.", f"It has: {', '.join(known)}; or all-linear."
+        )
+    return chosen
+
+
+def matches(name: str, target: str) -> bool:
+    """PEFT's rule for a list of targets: the whole module name, or its end after a dot."""
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,124 @@
+"""Model inputs for a batch whose rows have prefixes of different lengths, or none.
+
+Physical layout of the keys of one row: [prefix slots, left-padded][prompt, padded][generated]. Masked slots take no part
+in attention, and position ids count each row's own tokens, so a row sees what it would see alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import CapacityError, Unsupported
+
+
+@dataclass(frozen=True)
+class PrefixRows:
+    """Prefixes of a batch.
+
+    Attributes:
+        keys, values: [layers, rows, heads, tokens, head_dim], left-padded to the longest.
+        mask: [rows, tokens], 1 where a prefix token is, 0 where padding is.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Prefix tokens of each row [rows]."""
+        return self.mask.sum(1)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every row's prefix has the same length."""
+        return bool((self.mask == self.mask[:1]).all())
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token lists -> input_ids and attention mask, both [rows, longest] int64."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row, dtype=torch.long)
+        mask[i, where] = 1
+    return ids, mask
+
+
+def new_cache(prefix: PrefixRows | None, *, encoder_decoder: bool) -> Any:
+    """A key-value cache that holds the prefixes (empty without)."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    cache = DynamicCache()
+    if prefix is not None:
+        for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            cache.update(keys, values, layer)
+    return EncoderDecoderCache(cache, DynamicCache()) if encoder_decoder else cache
+
+
+def causal_inputs(
+    ids: torch.Tensor, mask: torch.Tensor, prefix: PrefixRows | None, *, use_cache: bool
+) -> dict[str, Any]:
+    """Arguments of a causal model's forward for `ids`, `mask` [rows, tokens]."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": use_cache}
+    if prefix is not None:
+        positions = positions + prefix.lengths[:, None]
+        arguments["attention_mask"] = torch.cat([prefix.mask, mask], 1)
+    if prefix is not None or use_cache:
+        arguments["past_key_values"] = new_cache(prefix, encoder_decoder=False)
+    return {**arguments, "position_ids": positions}
+
+
+def encoder_inputs(ids: torch.Tensor, mask: torch.Tensor, prefix: PrefixRows | None, config: Any) -> dict[str, Any]:
+    """Arguments of an encoder's forward; with a prefix the positions of each row start after its own prefix."""
+    if prefix is None:
+        return {"input_ids": ids, "attention_mask": mask}
+    offset = _position_offset(config)
+    if offset is None:
+        positions = prefix.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)[None, :]
+    else:  # RoBERTa counts real tokens from padding_idx + 1 and gives pads padding_idx
+        positions = (mask.cumsum(1) + prefix.lengths[:, None]) * mask + offset
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and int(positions.max()) >= limit:
+        raise CapacityError(
+            f"Text and prefix need {int(positions.max()) + 1} positions, this base has {limit}.", "Shorten the text."
+        )
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.cat([prefix.mask, mask], 1),
+        "position_ids": positions,
+        "past_key_values": new_cache(prefix, encoder_decoder=False),
+    }
+
+
+def seq2seq_inputs(
+    ids: torch.Tensor, mask: torch.Tensor, decoder_ids: torch.Tensor, prefix: PrefixRows | None, *, use_cache: bool
+) -> dict[str, Any]:
+    """Arguments of an encoder-decoder's forward; the prefix goes before the decoder's tokens, as in PEFT.
+
+    Raises:
+        Unsupported: rows with prefixes of different lengths (run them as separate batches).
+    """
+    arguments: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "decoder_input_ids": decoder_ids,
+        "use_cache": use_cache,
+    }
+    if prefix is not None and not prefix.uniform:
+        raise Unsupported("Encoder-decoder rows with prefixes of different lengths cannot share a batch.", "Split them.")
+    if prefix is not None or use_cache:
+        arguments["past_key_values"] = new_cache(prefix, encoder_decoder=True)
+    return arguments
+
+
+def _position_offset(config: Any) -> int | None:
+    """padding_idx of models that number positions as RoBERTa does, else None."""
+    families = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text", "roberta-prelayernorm", "xmod")
+    return int(config.pad_token_id) if config.model_type in families else None

@@ -1,0 +1,127 @@
+"""Frozen 4-bit and 8-bit linear layers through bitsandbytes, right in training and inference on CPU and CUDA.
+
+On CUDA bitsandbytes' own kernels run. On CPU its 4-bit layer repacks the weights at the first evaluation forward and
+the packed path has no backward, and its 8-bit layer rounds activations as well; both are replaced by one exact path:
+dequantise, multiply, and for the backward dequantise again. Where memory allows, the dequantised weight is kept
+(a "working copy"), which changes the speed and not one bit of the result.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import Unsupported
+
+QUANTIZATIONS = ("none", "int8", "nf4")
+NF4_BLOCK_SIZE = 64
+
+
+def quantization_config(quantize: str, dtype: torch.dtype, skip: list[str]) -> Any | None:
+    """transformers' configuration object for `quantize`, or None. `skip` names modules left unquantised.
+
+    Raises:
+        Unsupported: unknown quantisation.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise Unsupported(f"{quantize!r} is not a quantisation.", f"Use {', '.join(QUANTIZATIONS)}.")
+    if quantize == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is a bitsandbytes 4-bit or 8-bit linear layer."""
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight of a linear site as a dense tensor [out, in] ([in, out] for transformers' Conv1D), dequantised if needed.
+
+    `dtype` defaults to the dtype the layer computes in; a kept working copy of that dtype is returned as it is.
+    """
+    if not is_quantized(module):
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.detach() if dtype is None else weight.detach().to(dtype)
+    dtype = dtype or getattr(module, "_ahl_dtype", torch.float32)
+    copy = getattr(module, "_ahl_copy", None)
+    if copy is not None and copy.dtype == dtype:
+        return copy
+    return _dequantize(module, dtype)
+
+
+def _dequantize(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    import bitsandbytes.functional as bnb
+
+    weight = module.weight
+    if type(module).__name__ == "Linear4bit":
+        return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    scale = weight.SCB if weight.SCB is not None else module.state.SCB
+    values = weight.CB if weight.CB is not None else weight.data
+    return (values.float() * (scale.float() / 127.0)[:, None]).to(dtype)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """y = x W^T with W dequantised for the call, and again for the backward, so that no dense copy is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: nn.Module) -> torch.Tensor:  # type: ignore[override]
+        ctx.module = module
+        return F.linear(x, dense_weight(module, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad @ dense_weight(ctx.module, grad.dtype), None
+
+
+def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Replaces the forward of a bitsandbytes layer on CPU."""
+    if self._ahl_copy is not None and self._ahl_copy.dtype == x.dtype:
+        out = F.linear(x, self._ahl_copy)
+    else:
+        out = _FrozenMatmul.apply(x, self)
+    return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+def make_exact_on_cpu(model: nn.Module, dtype: torch.dtype, keep_copies: bool) -> int:
+    """Give every quantised layer of a CPU model the exact forward; returns the bytes of the working copies kept."""
+    kept = 0
+    for module in model.modules():
+        if not is_quantized(module):
+            continue
+        module._ahl_dtype = dtype  # type: ignore[assignment]
+        module._ahl_copy = None  # type: ignore[assignment]
+        if keep_copies:
+            copy = _dequantize(module, dtype)
+            module._ahl_copy = copy  # type: ignore[assignment]  # a plain attribute: no buffer, not in the state dict
+            kept += copy.nbytes
+        module.forward = types.MethodType(_exact_forward, module)  # type: ignore[method-assign]
+    return kept
+
+
+def quantized_round_trip(weight: torch.Tensor, quantize: str) -> torch.Tensor:
+    """What `weight` [out, in] becomes in a base quantised with `quantize`, as a dense tensor of the same dtype."""
+    if quantize == "none":
+        return weight
+    import bitsandbytes.functional as bnb
+
+    if quantize == "nf4":
+        packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
+        return bnb.dequantize_4bit(packed, state).to(weight.dtype)
+    values, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+    return (values.float() * (scale.float() / 127.0)[:, None]).to(weight.dtype)

@@ -1,0 +1,141 @@
+"""The card of a version: everything PEFT's files cannot say, as canonical JSON beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import FormatError
+from .fields import problems_error, shown
+from .strict_json import dump, parse_object
+
+SCHEMA = 1
+MAX_BYTES = 4 << 20
+ADAPTER_TYPES = ("lora", "dora", "prefix")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", re.ASCII)
+
+
+def utc_now() -> str:
+    """The time as cards write it: ISO 8601 UTC in seconds, `2026-01-31T12:00:00Z`. A label, never an order."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known about one version.
+
+    `base` holds name, revision, kind, fingerprint (digest, config, tokenizer, chat_template, weights), quantization and dtype;
+    `data` maps a split to source, sha256 and rows; `metrics` a split to metrics; `parents` are references `name@version`;
+    `origin` says in `kind` whether it was trained, imported or combined. Times are UTC, durations seconds.
+    """
+
+    adapter: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    libraries: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    effect: dict[str, Any] = field(default_factory=dict)
+    parents: list[str] = field(default_factory=list)
+    origin: dict[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=utc_now)
+    duration_seconds: float | None = None
+    schema: int = SCHEMA
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, UTF-8, a newline at the end.
+
+        Raises:
+            FormatError: a field of the wrong type, NaN, or more than `MAX_BYTES`; so what is written can be read.
+        """
+        try:
+            data = dump({item.name: getattr(self, item.name) for item in fields(self)}, indent=2)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise FormatError(f"The card cannot be written as JSON: {error}.") from None
+        self.from_bytes(data)
+        return data
+
+    @classmethod
+    def from_bytes(cls, data: bytes | str) -> Card:
+        """Read a card.
+
+        Raises:
+            FormatError: all problems at once; for a newer schema, that an upgrade reads it.
+        """
+        raw = parse_object(data, "card.json", limit=MAX_BYTES, depth=32)
+        schema = raw.get("schema")
+        if type(schema) is int and schema > SCHEMA:
+            message = f"card.json has schema {schema}; this version of adapterhub-lite reads up to {SCHEMA}."
+            raise FormatError(message, "Upgrade with: pip install --upgrade adapterhub-lite")
+        problems = _problems(raw)
+        if problems:
+            raise problems_error("card.json", problems)
+        return cls(**raw)
+
+
+def _problems(raw: dict[str, Any]) -> list[str]:
+    unknown = [f"{shown(key)}: unknown key" for key in raw if key not in _CHECKS]
+    missing = [f"{key}: is missing" for key in _CHECKS if key not in raw]
+    wrong = [
+        f"{key}: expected {_EXPECTED[key]}, got {shown(raw[key])}"
+        for key, check in _CHECKS.items()
+        if key in raw and not check(raw[key])
+    ]
+    return [*unknown, *missing, *wrong]
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(split, dict) and all(map(_number, split.values())) for split in value.values()
+    )
+
+
+def _adapter(value: Any) -> bool:
+    return isinstance(value, dict) and (not value or value.get("type") in ADAPTER_TYPES)
+
+
+def _time(value: Any) -> bool:
+    if not (isinstance(value, str) and _TIME.fullmatch(value)):
+        return False
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "adapter": (_adapter, f"an object whose type is one of {', '.join(ADAPTER_TYPES)}"),
+    "base": (_object, "an object"),
+    "task": (_object, "an object"),
+    "recipe": (lambda value: value is None or _object(value), "an object or null"),
+    "data": (_object, "an object"),
+    "seed": (lambda value: value is None or type(value) is int, "a whole number or null"),
+    "libraries": (_texts, "an object of texts"),
+    "metrics": (_metrics, "an object of splits, each an object of numbers"),
+    "effect": (_object, "an object"),
+    "parents": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"),
+    "origin": (_object, "an object"),
+    "created": (_time, "a UTC time such as 2026-01-31T12:00:00Z"),
+    "duration_seconds": (lambda value: value is None or (_number(value) and value >= 0), "seconds or null"),
+    "schema": (lambda value: value == SCHEMA and type(value) is int, f"{SCHEMA}"),
+}
+_CHECKS = {key: check for key, (check, _) in _FIELDS.items()}
+_EXPECTED = {key: expected for key, (_, expected) in _FIELDS.items()}

@@ -1,0 +1,285 @@
+"""`adapter_config.json` of PEFT: parsed into our specs, and written back from them.
+
+Foreign JSON never reaches PEFT: it gets what `adapter_config` builds. A key of PEFT 0.21 that we do not support is
+accepted only with its neutral value; unknown keys are refused. Source of the key set: `peft.config`,
+`peft.tuners.lora.config`, `peft.tuners.prefix_tuning.config` of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import FormatError, Unsupported
+from .fields import Check, Fields, T, boolean, integer, number, optional, shown, strings, text
+from .patterns import is_pattern
+from .specs import LoraSpec, PrefixSpec, Spec
+from .strict_json import dump, parse_object
+
+MAX_BYTES = 1 << 20
+MAX_RANK = 1024
+MAX_ALPHA = 1e6
+MAX_NAMES = 20_000
+MAX_VIRTUAL_TOKENS = 4096
+
+TASK_TYPES = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+_WHAT = "adapter_config.json"
+_NONE: tuple[str, ...] = ()
+_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*", re.ASCII)
+
+# How A and B began says nothing about inference as long as the base stayed as it was. The others below moved the base.
+_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NOT_OURS = "it changes what the adapter computes in a way this package does not implement"
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "bias": ("none",),
+    "megatron_config": (None,),
+    "megatron_core": ("megatron.core", None),
+    "trainable_token_indices": (None,),
+    "loftq_config": ({}, None),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "velora_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "monteclora_config": (None,),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "ensure_weight_tying": (False,),
+    "runtime_config": (None, {"ephemeral_gpu_offload": False}),
+    # Written by PEFT before 0.3, without effect since.
+    "enable_lora": (None,),
+    "merge_weights": (False,),
+}
+
+
+def parse_adapter_config(data: str | bytes) -> Spec:
+    """Read an `adapter_config.json`.
+
+    Raises:
+        FormatError: not PEFT's format, or beyond a limit; all problems of the file at once.
+        Unsupported: a PEFT method other than LoRA (DoRA, rsLoRA) and prefix tuning.
+    """
+    raw = parse_object(data, _WHAT, limit=MAX_BYTES)
+    kind = raw.pop("peft_type", None)
+    if kind is None:
+        raise _no_type(raw)
+    if kind not in ("LORA", "PREFIX_TUNING"):
+        hint = "Supported are LORA (with DoRA and rsLoRA) and PREFIX_TUNING."
+        raise Unsupported(f"{_WHAT}: adapters of type {shown(kind)} are not supported.", hint)
+    fields = Fields(raw, _WHAT)
+    return _lora(fields) if kind == "LORA" else _prefix(fields)
+
+
+def adapter_config(spec: Spec) -> dict[str, Any]:
+    """The content of an `adapter_config.json` that PEFT reads as `spec`: sorted keys, only keys PEFT knows.
+
+    The patterns keep their order, since the first that matches counts.
+    """
+    own = _lora_keys(spec) if isinstance(spec, LoraSpec) else _prefix_keys(spec)
+    common = {
+        "base_model_name_or_path": spec.base_model,
+        "inference_mode": True,
+        "modules_to_save": sorted(spec.modules_to_save) or None,
+        "revision": spec.revision,
+        "task_type": spec.task_type,
+    }
+    return dict(sorted({**common, **own}.items()))
+
+
+def adapter_config_bytes(spec: Spec) -> bytes:
+    """`adapter_config` as the canonical bytes of the file: one spec, one digest."""
+    return dump(adapter_config(spec), indent=2, sort_keys=False)
+
+
+def _no_type(raw: dict[str, Any]) -> FormatError:
+    if "config" in raw and ("model_type" in raw or str(raw.get("version", "")).startswith("adapters.")):
+        message = f"{_WHAT} is from the AdapterHub `adapters` library, which names its file as PEFT does."
+        return FormatError(message, "Only PEFT folders are read: train or convert the adapter with PEFT.")
+    return FormatError(f"{_WHAT} has no peft_type.", "Expected a folder that PEFT's save_pretrained wrote.")
+
+
+def _lora(fields: Fields) -> LoraSpec:
+    for key, values in _NEUTRAL.items():
+        fields.neutral(key, *values, reason=_NOT_OURS)
+    _take_initialisation(fields)
+    fields.take("qalora_group_size", optional(integer(1, 1 << 20)), None)
+    spec = LoraSpec(
+        rank=fields.take("r", integer(1, MAX_RANK), 8),
+        alpha=fields.take("lora_alpha", _alpha, 8.0),
+        target_modules=_targets(fields),
+        rank_pattern=fields.take("rank_pattern", _pattern(integer(1, MAX_RANK)), {}),
+        alpha_pattern=fields.take("alpha_pattern", _pattern(_alpha), {}),
+        use_rslora=fields.take("use_rslora", boolean, False),
+        use_dora=fields.take("use_dora", boolean, False),
+        dropout=fields.take("lora_dropout", number(0.0, 1.0), 0.0),
+        lora_bias=fields.take("lora_bias", boolean, False),
+        fan_in_fan_out=fields.take("fan_in_fan_out", boolean, False),
+        **_common(fields),
+    )
+    if spec.lora_bias and spec.use_dora:
+        fields.problems.append("lora_bias: cannot be combined with use_dora")
+    fields.finish()
+    return spec
+
+
+def _prefix(fields: Fields) -> PrefixSpec:
+    fields.neutral("init_weights", None, "zero", reason="unknown initialisation")
+    dimension = integer(1, 1 << 20)
+    spec = PrefixSpec(
+        num_virtual_tokens=fields.need("num_virtual_tokens", integer(1, MAX_VIRTUAL_TOKENS), 1),
+        token_dim=fields.need("token_dim", dimension, 1),
+        num_layers=fields.need("num_layers", integer(1, 4096), 1),
+        num_attention_heads=fields.need("num_attention_heads", dimension, 1),
+        num_transformer_submodules=fields.take("num_transformer_submodules", integer(1, 2), 1),
+        encoder_hidden_size=fields.take("encoder_hidden_size", optional(dimension), None),
+        prefix_projection=fields.take("prefix_projection", boolean, False),
+        **_common(fields),
+    )
+    fields.finish()
+    return spec
+
+
+def _common(fields: Fields) -> dict[str, Any]:
+    """The keys of every PEFT type. Names of bases and classes stay text: nothing opens or imports them."""
+    fields.take("auto_mapping", _auto_mapping, None)
+    fields.take("peft_version", optional(text(128)), None)
+    fields.take("inference_mode", boolean, True)
+    return {
+        "modules_to_save": fields.take("modules_to_save", strings(_module_name, 64), _NONE),
+        "task_type": fields.take("task_type", _task_type, None),
+        "base_model": fields.take("base_model_name_or_path", optional(text(1024)), None),
+        "revision": fields.take("revision", optional(text(256)), None),
+    }
+
+
+def _targets(fields: Fields) -> tuple[str, ...]:
+    """`target_modules` if a plain list says everything; else (), and the tensors say which modules they are for."""
+    names = fields.take("target_modules", _target_modules, _NONE)
+    narrowing = [
+        fields.take("exclude_modules", _exclusion, False),
+        fields.take("layers_to_transform", _layers, False),
+        fields.take("layers_pattern", _exclusion, False),
+    ]
+    return () if any(narrowing) else names
+
+
+def _take_initialisation(fields: Fields) -> None:
+    if fields.take("init_lora_weights", _initialisation, None) == "eva":
+        fields.take("eva_config", _any_object, None)
+    fields.neutral("eva_config", None, reason="only with init_lora_weights eva")
+
+
+def _initialisation(value: Any) -> object:
+    if isinstance(value, str) and value.startswith(_MOVING_INITS):
+        raise ValueError(
+            "this initialisation changed the base weights, so the adapter does not fit the original base; "
+            "save it with path_initial_model_for_weight_conversion to convert it"
+        )
+    if not any(type(value) is type(known) and value == known for known in _HARMLESS_INITS):
+        raise ValueError("unknown initialisation")
+    return value
+
+
+def _auto_mapping(value: Any) -> None:
+    texts = optional(text(512))
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("expected null or two texts")
+    for key, entry in (value or {}).items():
+        if key not in ("base_model_class", "parent_library"):
+            raise ValueError("expected base_model_class and parent_library only")
+        texts(entry)
+
+
+def _task_type(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or value not in TASK_TYPES):
+        raise ValueError(f"expected null or one of {', '.join(sorted(TASK_TYPES))}")
+    return value
+
+
+def _module_name(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 512 or not _NAME.fullmatch(value):
+        raise ValueError("expected names of modules such as q_proj or layers.0.mlp")
+    return value
+
+
+def _target_modules(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        text(4096)(value)
+        return ()  # a regular expression or "all-linear": never compiled, the tensors tell the same
+    return _module_names(value)
+
+
+_module_names = strings(_module_name, MAX_NAMES)
+_alpha = number(0.0, MAX_ALPHA, open_low=True)
+
+
+def _exclusion(value: Any) -> bool:
+    return bool(text(4096)(value) if isinstance(value, str) else _module_names(value))
+
+
+def _layers(value: Any) -> bool:
+    layers = value if isinstance(value, list) else [] if value is None else [value]
+    for layer in layers:
+        integer(0, 100_000)(layer)
+    return value is not None
+
+
+def _any_object(value: Any) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError("expected null or an object")
+
+
+def _pattern(check: Check[T]) -> Callable[[Any], dict[str, T]]:
+    def checked(value: Any) -> dict[str, T]:
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or len(value) > MAX_NAMES:
+            raise ValueError(f"expected an object of at most {MAX_NAMES} keys")
+        for key in value:
+            if not is_pattern(key):
+                raise ValueError(f"key {shown(key)} is not a dotted module name (regular expressions are not compiled)")
+        return {key: check(entry) for key, entry in value.items()}
+
+    return checked
+
+
+def _plain(value: float) -> int | float:
+    # PEFT types alpha as int, and other readers insist on it.
+    return int(value) if value == int(value) else value
+
+
+def _lora_keys(spec: LoraSpec) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "alpha_pattern": {key: _plain(value) for key, value in spec.alpha_pattern.items()},
+        "bias": spec.bias,
+        "fan_in_fan_out": spec.fan_in_fan_out,
+        "init_lora_weights": True,
+        "lora_alpha": _plain(spec.alpha),
+        "lora_dropout": spec.dropout,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": dict(spec.rank_pattern),
+        "target_modules": sorted(spec.target_modules),
+        "use_dora": spec.use_dora,
+        "use_rslora": spec.use_rslora,
+    }
+    # A younger key than the others: written only when it says something, so that older PEFT reads the rest.
+    return {**keys, "lora_bias": True} if spec.lora_bias else keys
+
+
+def _prefix_keys(spec: PrefixSpec) -> dict[str, Any]:
+    return {
+        "encoder_hidden_size": spec.encoder_hidden_size,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_layers": spec.num_layers,
+        "num_transformer_submodules": spec.num_transformer_submodules,
+        "num_virtual_tokens": spec.num_virtual_tokens,
+        "peft_type": "PREFIX_TUNING",
+        "prefix_projection": spec.prefix_projection,
+        "token_dim": spec.token_dim,
+    }

@@ -1,0 +1,72 @@
+"""What an adapter is, without its tensors: frozen typed values that everything above works with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .patterns import first_match
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA or DoRA adapter. `target_modules` is sorted; () means that only the tensors say which modules."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    dropout: float = 0.0
+    lora_bias: bool = False
+    bias: Literal["none"] = "none"
+    fan_in_fan_out: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+
+    def rank_of(self, module_name: str) -> int:
+        """The rank at one module (its path inside the base model)."""
+        key = first_match(self.rank_pattern, module_name)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def scaling(self, module_name: str, rank: int | None = None) -> float:
+        """The factor before B @ A at one module: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        key = first_match(self.alpha_pattern, module_name)
+        alpha = self.alpha if key is None else self.alpha_pattern[key]
+        rank = self.rank_of(module_name) if rank is None else rank
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module_name: str) -> bool:
+        """Whether the configuration names this module, by its whole path or by whole last components of it."""
+        return any(module_name == target or module_name.endswith("." + target) for target in self.target_modules)
+
+
+@dataclass(frozen=True)
+class PrefixSpec:
+    """A prefix-tuning adapter: `num_virtual_tokens` keys and values of width `token_dim` in each of `num_layers`."""
+
+    num_virtual_tokens: int
+    token_dim: int
+    num_layers: int
+    num_attention_heads: int
+    num_transformer_submodules: int = 1
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of `prompt_embeddings` on disk: [virtual tokens, layers * 2 * token_dim]."""
+        return (self.num_virtual_tokens, self.num_layers * 2 * self.token_dim)
+
+
+Spec = LoraSpec | PrefixSpec

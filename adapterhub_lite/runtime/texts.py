@@ -1,0 +1,47 @@
+"""Tokens to text as they arrive: never half a character, never past a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class TextStream:
+    """Decodes one row's tokens; `push` returns the text that is now certain."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = [s for s in stop if s]
+        self._tokens: list[int] = []
+        self._sent = 0
+        self.done = False
+
+    def push(self, token: int) -> str:
+        """Add a token; returns new text, "" while a character or a possible stop string is incomplete."""
+        self._tokens.append(token)
+        text = self._text()
+        cut = min((text.find(s) for s in self._stop if s in text), default=-1)
+        if cut >= 0:
+            self.done = True
+            return self._take(text[:cut])
+        if text.endswith("\ufffd"):
+            return ""
+        held = max((_overlap(text, s) for s in self._stop), default=0)
+        return self._take(text[: len(text) - held])
+
+    def finish(self) -> str:
+        """The text still held back when no more tokens come."""
+        return "" if self.done else self._take(self._text())
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _take(self, text: str) -> str:
+        new = text[self._sent :]
+        self._sent = max(self._sent, len(text))
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0)

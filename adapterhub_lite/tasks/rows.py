@@ -1,0 +1,105 @@
+"""Read rows of data with their digest: JSON Lines files, or a dataset of the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+Row = Mapping[str, Any]
+MAX_LINE_BYTES = 10 * 2**20
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Rows with where they came from. `lines[i]` is the 1-based line (or index) of row i in `source`."""
+
+    rows: tuple[Row, ...]
+    lines: tuple[int, ...]
+    source: str
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def field(self, index: int, name: str) -> Any:
+        """A row's field.
+
+        Raises:
+            DataError: naming file, line and the fields there are.
+        """
+        row = self.rows[index]
+        if name not in row or row[name] is None:
+            raise DataError(
+                f"{self.source}, line {self.lines[index]}: no field {name!r}.", f"It has: {', '.join(sorted(row))}."
+            )
+        return row[name]
+
+    def summary(self) -> dict[str, Any]:
+        """What a card keeps of the data."""
+        return {"source": Path(self.source).name, "sha256": self.sha256, "rows": len(self)}
+
+
+def read_jsonl(path: Path) -> Rows:
+    """Read a JSON Lines file (UTF-8, one object a line, blank lines ignored).
+
+    Raises:
+        DataError: no file, no row, or a line that is not an object; says which.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path in the recipe.") from error
+    rows: list[Row] = []
+    lines: list[int] = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            rows.append(_parse(line, path, number))
+            lines.append(number)
+    if not rows:
+        raise DataError(f"{path} holds no rows.", "Expected JSON Lines: one object a line.")
+    return Rows(tuple(rows), tuple(lines), str(path), hashlib.sha256(data).hexdigest())
+
+
+def read_hub(hub: str, split: str, config: str | None = None, revision: str | None = None) -> Rows:
+    """Read a dataset of the Hub through `datasets`, data only.
+
+    Raises:
+        DataError: it cannot be reached or read.
+    """
+    import datasets
+
+    try:
+        data = datasets.load_dataset(hub, config, split=split, revision=revision)
+    except Exception as error:  # datasets raises many types for "not there" and "not reachable"
+        raise DataError(f"Dataset {hub!r} ({split}) cannot be read: {error}", "Check the id, or use a file.") from error
+    rows = tuple(dict(row) for row in data)
+    if not rows:
+        raise DataError(f"Dataset {hub!r} ({split}) holds no rows.", "Check the split.")
+    text = "\n".join(json.dumps(row, sort_keys=True, default=str) for row in rows)
+    return Rows(rows, tuple(range(1, len(rows) + 1)), f"{hub}:{split}", hashlib.sha256(text.encode()).hexdigest())
+
+
+def _parse(line: bytes, path: Path, number: int) -> Row:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes.", "Split the row.")
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {number}: not JSON ({error}).", "Write one JSON object a line.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}: not a JSON object.", "Write one JSON object a line.")
+    return row
