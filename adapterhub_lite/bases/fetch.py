@@ -1,7 +1,7 @@
 """Find a base: a folder, our cache, the local Hub cache, the Hub, a pinned wheel; in this order.
 
-Takes: a catalogue name, a folder or a Hub id. Gives: a local folder that plain transformers loads offline, and where it came
-from. Never: runs code that came with a base, reads pickle, or leaves a half-made folder in the cache.
+Takes: a catalogue name, a folder or a Hub id. Gives: a local folder that plain transformers loads offline, and where
+it came from. Never: runs code that came with a base, reads pickle, or leaves a half-made folder in the cache.
 """
 
 from __future__ import annotations

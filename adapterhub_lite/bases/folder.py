@@ -1,6 +1,6 @@
 """What a folder must hold to be a base.
 
-Takes: a folder. Gives: nothing, or an error that names what is wrong. Never: loads a tensor or follows a path out of it.
+Takes: a folder. Gives: nothing, or an error that names what is wrong. Never: loads a tensor or leaves the folder.
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..events import Listener, Progress
+from .quiet import quiet
 
 # What the loader writes about the machine and moment of the conversion; a base must be the same bytes everywhere.
 _TRACES = {
@@ -26,7 +28,7 @@ def convert(weights: Path, folder: Path, *, title: str, on_event: Listener) -> N
     import torch
 
     on_event(Progress(title, 0, 0, "tensors"))
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):  # a first run must train like a second one
+    with quiet(), torch.random.fork_rng(devices=[]):  # a first run must train like a second one
         tokenizer = _tokenizer(weights)
         with _counted(title, on_event):
             model = _model(weights)
@@ -79,7 +81,7 @@ def _drop(path: Path, keys: tuple[str, ...]) -> None:
 @contextlib.contextmanager
 def _counted(title: str, on_event: Listener) -> Iterator[None]:
     """Turn the loop over tensors into events; its bar is tqdm's own and heeds no setting of transformers."""
-    from transformers import modeling_gguf_pytorch_utils as loader
+    loader = vars(import_module("transformers.modeling_gguf_pytorch_utils"))
 
     def report(tensors: Iterable[Any], **_: Any) -> Iterator[Any]:
         waiting = list(tensors)
@@ -87,25 +89,9 @@ def _counted(title: str, on_event: Listener) -> Iterator[None]:
             yield tensor
             on_event(Progress(title, done, len(waiting), "tensors"))
 
-    bar = loader.tqdm
-    loader.tqdm = report
+    bar = loader["tqdm"]
+    loader["tqdm"] = report
     try:
         yield
     finally:
-        loader.tqdm = bar
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the warnings and bars of transformers, and restore them."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        loader["tqdm"] = bar

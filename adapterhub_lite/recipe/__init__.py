@@ -1,10 +1,12 @@
 """Recipes: what to train, on what, and how, as one checked value.
 
-Takes: YAML (a built-in name or a file) and overrides. Gives: a frozen, complete `Recipe`, or every problem at once with its field
-path, line and nearest name. Never: imports or runs anything that a YAML names, or reads the data it points to.
+Takes: YAML (a built-in name or a file) and overrides.
+Gives: a frozen, complete `Recipe`, or every problem at once with its field path, line and nearest name.
+Never: imports or runs anything that a YAML names, or reads the data it points to.
 """
 
-from .load import check_files, list_recipes, load_recipe, recipe_dict
+from .files import check_files
+from .load import list_recipes, load_recipe, recipe_dict
 from .schema import (
     METRICS,
     Adapter,

@@ -1,4 +1,4 @@
-"""Fields of the schema: each dataclass field carries its own reader, so names, types, limits and defaults stand in one place."""
+"""Fields of the schema: each carries its own reader, so names, types, limits and defaults stand in one place."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NotFound, Problem, RecipeError
+from . import files
 from .fields import read_section
 from .nodes import MAX_BYTES, Node, Scalar, Table, from_python, join, parse
 from .readers import At
@@ -26,8 +27,8 @@ def load_recipe(name_or_path: str | Path, overrides: Overrides = (), *, check_fi
 
     Args:
         name_or_path: `sql`, or a path that ends in .yaml or .yml, holds a separator or exists.
-        overrides: `{"training.epochs": 1}` or `["training.epochs=1"]`; checked like the recipe itself. Files named here are
-            relative to the working folder, those in the recipe to its own.
+        overrides: `{"training.epochs": 1}` or `["training.epochs=1"]`; checked like the recipe itself. Files named
+            here are relative to the working folder, those in the recipe to its own.
         check_files: whether missing data files are problems too.
 
     Raises:
@@ -42,7 +43,7 @@ def load_recipe(name_or_path: str | Path, overrides: Overrides = (), *, check_fi
         _override(root, overrides, problems)
     recipe = _recipe(root, path, raw, problems)
     if recipe and not problems and check_files:
-        problems += [replace(problem, line=_line(root, problem.path)) for problem in _missing_files(recipe)]
+        problems += [replace(problem, line=_line(root, problem.path)) for problem in files.check_files(recipe)]
     if recipe is None or problems:
         raise RecipeError(source, problems[:_MOST])
     return recipe
@@ -63,11 +64,6 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     return listed
 
 
-def check_files(recipe: Recipe) -> list[Problem]:
-    """The data files of `recipe` that cannot be opened here."""
-    return _missing_files(recipe)
-
-
 # --- finding -----------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +78,7 @@ def _library() -> Path:
 def _find(wanted: str | Path) -> Path:
     text = str(wanted)
     if "\0" in text or not text:
-        raise _not_found(text, [])
+        raise _not_found(text, text, [])
     named = [] if isinstance(wanted, Path) else [path for name, _, path in list_recipes() if name == text]
     path = named[0] if named else Path(text)
     try:
@@ -91,20 +87,23 @@ def _find(wanted: str | Path) -> Path:
     except OSError:  # a name too long for the file system, and the like
         pass
     is_path = path.suffix in {".yaml", ".yml"} or "/" in text or "\\" in text
-    raise _not_found(text, _neighbours(path) if is_path else [name for name, _, _ in list_recipes()])
+    if is_path:
+        raise _not_found(text, path.name, _neighbours(path))
+    raise _not_found(text, text, [name for name, _, _ in list_recipes()])
 
 
 def _neighbours(path: Path) -> list[str]:
     try:
-        return sorted(str(other) for other in path.parent.glob("*.y*ml"))
+        return sorted(other.name for other in path.parent.glob("*.y*ml"))
     except OSError:
         return []
 
 
-def _not_found(text: str, known: list[str]) -> NotFound:
-    near = get_close_matches(text[:200], known, n=2, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[:20])}." if known else ""
-    return NotFound(f"There is no recipe {ascii(text)[:200]}.", hint or "Pass a built-in name or the path of a .yaml file.")
+def _not_found(text: str, name: str, known: list[str]) -> NotFound:
+    near = get_close_matches(name[:200], known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known[:20])}." if known else ""
+    hint = hint or "Pass a built-in name or the path of a .yaml file."
+    return NotFound(f"There is no recipe {ascii(text)[:200]}.", hint)
 
 
 def _headline(path: Path) -> str:
@@ -135,7 +134,8 @@ def _tree(raw: bytes, problems: list[Problem]) -> Node | None:
     try:
         return parse(raw.decode("utf-8-sig"), problems)
     except UnicodeDecodeError as error:
-        problems.append(Problem("recipe", f"is not UTF-8 text (byte {error.start}).", "", raw.count(b"\n", 0, error.start) + 1))
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.append(Problem("recipe", "is not UTF-8 text.", "Save it as UTF-8.", line))
         return None
 
 
@@ -183,7 +183,7 @@ def _override(root: Node, overrides: Overrides, problems: list[Problem]) -> None
 
 
 def _value(text: str, path: str, problems: list[Problem]) -> Node | None:
-    return parse(text, problems, join("", path)) if text.strip() else Scalar("", plain=True)
+    return parse(text, problems, join("", path), lines=False) if text.strip() else Scalar("", plain=True)
 
 
 def _put(root: Node, path: str, value: Node | None, problems: list[Problem]) -> None:
@@ -211,33 +211,6 @@ def _typed_here(value: Node) -> Node:
     if value.text.startswith("~") or value.text.endswith(("/", "\\")):
         return value
     return replace(value, text=str(Path(value.text).absolute()))
-
-
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def _missing_files(recipe: Recipe) -> list[Problem]:
-    problems = []
-    for name, part in recipe.data.parts():
-        if not isinstance(part, FileData):
-            continue
-        path = part.resolve(recipe.folder)
-        try:
-            found = path.is_file()
-        except OSError:
-            found = False
-        if not found:
-            problems.append(Problem(f"data.{name}", f"there is no file {path}.", _near_file(path)))
-    return problems
-
-
-def _near_file(path: Path) -> str:
-    try:
-        names = [other.name for other in path.parent.iterdir() if other.is_file()]
-    except OSError:
-        return "Paths are relative to the folder of the recipe."
-    near = get_close_matches(path.name, names, n=1)
-    return f"Did you mean '{near[0]}'?" if near else "Paths are relative to the folder of the recipe."
 
 
 def _lists(value: Any) -> Any:

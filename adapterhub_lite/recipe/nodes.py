@@ -1,7 +1,7 @@
 """A strict subset of YAML as a small tree that still knows its lines.
 
-No tags, anchors, aliases, duplicate keys or second documents, and no guessing of types: a scalar stays text until the field that
-reads it says what it should be. So `no` can be a label and `1e-3` a number, which YAML 1.1 gets wrong both ways.
+No tags, anchors, aliases, duplicate keys or second documents, and no guessing of types: a scalar stays text until the
+field that reads it says what it should be. So `no` can be a label and `1e-3` a number: YAML 1.1 gets both wrong.
 """
 
 from __future__ import annotations
@@ -55,14 +55,17 @@ class _Stop(Exception):
     """Reading cannot go on; the problem is already recorded."""
 
 
-def parse(text: str, problems: list[Problem], path: str = "recipe") -> Node | None:
-    """The tree of one YAML document; None, with problems added, when it has none."""
+def parse(text: str, problems: list[Problem], path: str = "recipe", *, lines: bool = True) -> Node | None:
+    """The tree of one YAML document; None, with problems added, when it has none.
+
+    `lines` is False for a text that is no file, whose line numbers would mislead.
+    """
     try:
-        return _Builder(text, problems, path).document()
+        return _Builder(text, problems, path, lines).document()
     except _Stop:
         return None
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        line = error.problem_mark.line + 1 if error.problem_mark and lines else 0
         problems.append(Problem(path, f"not valid YAML: {error.problem}.", line=line))
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets bad escapes through as ValueError
         problems.append(Problem(path, f"not valid YAML: {str(error).splitlines()[0]}."))
@@ -90,10 +93,11 @@ def from_python(value: object, problems: list[Problem], path: str) -> Node | Non
 class _Builder:
     """Builds the tree from PyYAML's events: they come one by one, so limits hold before anything large exists."""
 
-    def __init__(self, text: str, problems: list[Problem], path: str) -> None:
+    def __init__(self, text: str, problems: list[Problem], path: str, lines: bool) -> None:
         self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
         self.problems = problems
         self.root = path
+        self.lines = lines
 
     def document(self) -> Node | None:
         next(self.events)  # stream start
@@ -102,13 +106,12 @@ class _Builder:
             return None
         node = self._node(next(self.events), self.root, 0)
         next(self.events)  # document end
-        after = next(self.events)
-        if not isinstance(after, yaml.StreamEndEvent):
-            self._problem(self.root, "holds more than one document ('---').", after.start_mark.line + 1)
+        if not isinstance(after := next(self.events), yaml.StreamEndEvent):
+            self._problem(self.root, "holds more than one document ('---').", self._line(after))
         return node
 
     def _node(self, event: yaml.Event, path: str, depth: int) -> Node:
-        line = event.start_mark.line + 1
+        line = self._line(event)
         if depth > MAX_DEPTH:
             self._problem(path, f"is nested deeper than {MAX_DEPTH} levels.", line)
             raise _Stop
@@ -124,10 +127,10 @@ class _Builder:
     def _refuse_cleverness(self, event: yaml.Event, path: str, line: int) -> None:
         if isinstance(event, yaml.AliasEvent):
             self._problem(path, f"aliases (*{event.anchor}) are not read.", line, "Write the value out.")
-        elif getattr(event, "anchor", None):
-            self._problem(path, f"anchors (&{event.anchor}) are not read.", line, "Remove it.")
-        if getattr(event, "tag", None):
-            self._problem(path, f"tags ({event.tag}) are not read.", line, "Remove it.")
+        elif anchor := getattr(event, "anchor", None):
+            self._problem(path, f"anchors (&{anchor}) are not read.", line, "Remove it.")
+        if tag := getattr(event, "tag", None):
+            self._problem(path, f"tags ({tag}) are not read.", line, "Remove it.")
 
     def _scalar(self, event: yaml.ScalarEvent, path: str, line: int) -> Scalar:
         try:
@@ -147,7 +150,7 @@ class _Builder:
         table = Table({}, {}, line)
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             key = self._node(event, path, depth + 1)
-            at = event.start_mark.line + 1
+            at = self._line(event)
             name = key.text if isinstance(key, Scalar) else ""
             value = self._node(next(self.events), join(path, name), depth + 1)
             if not isinstance(key, Scalar):
@@ -158,6 +161,9 @@ class _Builder:
                 table.entries[name] = value
                 table.lines[name] = at
         return table
+
+    def _line(self, event: yaml.Event) -> int:
+        return event.start_mark.line + 1 if self.lines and event.start_mark else 0
 
     def _problem(self, path: str, message: str, line: int, hint: str = "") -> None:
         self.problems.append(Problem(path, message, hint, line))

@@ -53,7 +53,6 @@ class At:
 Reader = Callable[[At], Any]
 
 
-
 def read_integer(at: At, *, low: int, high: int) -> int | None:
     """A whole number from `low` to `high`."""
     plain = _plain(at.node)

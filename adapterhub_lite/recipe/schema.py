@@ -49,7 +49,7 @@ class InstructTask:
 
     def contradictions(self, given: set[str]) -> Iterator[tuple[str, str]]:
         """What is wrong between fields, of which `given` were written."""
-        if {"prompt", "template"} <= given and self.template is not None:
+        if self.template is not None and "prompt" in given and self.prompt != "prompt":  # the plain form says both
             yield "template", "prompt and template exclude each other."
 
 

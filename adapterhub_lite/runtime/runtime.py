@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..adapters.adapter import Adapter
 from ..adapters.fit import Fitted
 from ..bases.load import Base
 from ..errors import CapacityError, NotFound, Unsupported
@@ -19,7 +22,7 @@ from ..tasks.classify import Classify
 from ..tasks.prompts import Message, chat_ids, prompt_ids
 from ..tasks.registry import make_task
 from ..tasks.task import Task
-from .admit import admit
+from .admit import admit, fit_to_base
 from .batch import BatchPlan, Composer
 from .forward import class_logits, token_logits
 from .generate import decode
@@ -71,6 +74,19 @@ class Runtime:
             assert resolved is not None
             self._fitted(resolved)
             return resolved
+
+    def attach(self, adapter: Adapter, task: Task | None = None) -> Ref:
+        """Make an adapter resident that is in no store (yet); returns a reference that this runtime knows.
+
+        Raises:
+            AdapterMismatch: it does not fit this base.
+        """
+        with self._lock:
+            digest = hashlib.sha256(b"".join(adapter.files().values())).hexdigest()
+            fitted = replace(fit_to_base(adapter, self.base), digest=digest)
+            self._keep(fitted)
+            self._tasks[digest] = task
+            return Ref(adapter.name, digest=digest)
 
     def unload(self, ref: str | Ref) -> None:
         """Free an adapter's slot."""
@@ -285,15 +301,20 @@ class Runtime:
         assert ref.digest is not None
         held = self._slots.get(ref.digest)
         if held is None:
+            if ref.version is None:
+                raise NotFound(f"{ref} was never stored and has left its slot.", "Attach it again, or raise slots.")
             held, remark = admit(self.store, ref, self.base)
-            out = self._slots.put(held)
-            if out is not None:
-                self._composer.forget(out)
-            self._hooks.cover(held.sites)
+            self._keep(held)
             if remark and remark not in self._remarks:
                 self._remarks.add(remark)
                 self._on_event(Note(remark, "warning"))
         return held
+
+    def _keep(self, fitted: Fitted) -> None:
+        out = self._slots.put(fitted)
+        if out is not None:
+            self._composer.forget(out)
+        self._hooks.cover(fitted.sites)
 
     @contextmanager
     def _plan(self, rows: Sequence[Ref | None]) -> Iterator[BatchPlan]:

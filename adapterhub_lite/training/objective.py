@@ -1,0 +1,126 @@
+"""What is minimised: the sum of cross-entropies over the supervised tokens or labels of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..bases.inputs import causal_inputs, encoder_inputs, pad_rows, seq2seq_inputs
+from ..bases.load import Base
+from ..tasks.task import IGNORED, Example
+from .losses import frozen_head_cross_entropy
+from .trainable import Trainable
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """Sum of losses over `count` supervised items; `tokens` real tokens went through the base; `hits` right labels."""
+
+    total: torch.Tensor
+    count: int
+    tokens: int
+    hits: int = 0
+
+
+Objective = Callable[[Trainable, Sequence[Example]], BatchLoss]
+
+
+def make_objective(base: Base, head: nn.Module | None, adapts_output: bool) -> Objective:
+    """The objective for a base of this kind.
+
+    Args:
+        head: the classification head being trained, for encoders.
+        adapts_output: the adapter changes the output layer, which then has to run as it is.
+    """
+    if base.kind == "encoder":
+        assert head is not None
+        return _Classification(base, head)
+    chunked = not adapts_output and _output_layer_is_plain(base)
+    return _LanguageModel(base, chunked)
+
+
+class _LanguageModel:
+    """Causal and encoder-decoder bases."""
+
+    def __init__(self, base: Base, chunked: bool) -> None:
+        self._base = base
+        self.chunked = chunked
+        self._head: Any = base.model.get_output_embeddings()  # type: ignore[operator]
+
+    def __call__(self, adapter: Trainable, batch: Sequence[Example]) -> BatchLoss:
+        arguments, labels, tokens = self._inputs(adapter, batch)
+        keep = labels != IGNORED
+        wanted = labels[keep]
+        if self.chunked:
+            hidden = _hidden_states(self._base, arguments)[keep]
+            total = frozen_head_cross_entropy(hidden, self._head.weight, self._head.bias, wanted)
+        else:
+            logits = self._base.model(**arguments).logits[keep]
+            total = F.cross_entropy(logits.float(), wanted, reduction="sum")
+        return BatchLoss(total, int(keep.sum()), tokens)
+
+    def _inputs(self, adapter: Trainable, batch: Sequence[Example]) -> tuple[dict[str, Any], torch.Tensor, int]:
+        base = self._base
+        ids, mask = (t.to(base.device) for t in pad_rows([e.ids for e in batch], base.pad_id, left=False))
+        prefix = adapter.prefix(len(batch), base.dtype)
+        labels, _ = pad_rows([e.labels for e in batch], IGNORED, left=False)
+        labels = labels.to(base.device)
+        tokens = int(mask.sum())
+        if base.kind == "seq2seq":
+            start = torch.full_like(labels[:, :1], base.config.decoder_start_token_id)
+            given = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, base.pad_id)], 1)
+            return seq2seq_inputs(ids, mask, given, prefix, use_cache=False), labels, tokens + int((labels != IGNORED).sum())
+        shifted = torch.full_like(labels, IGNORED)
+        shifted[:, :-1] = labels[:, 1:]
+        return causal_inputs(ids, mask, prefix, use_cache=False), shifted, tokens
+
+
+class _Classification:
+    """Encoders with a head."""
+
+    def __init__(self, base: Base, head: nn.Module) -> None:
+        self._base = base
+        self._head = head
+        self.chunked = False
+
+    def __call__(self, adapter: Trainable, batch: Sequence[Example]) -> BatchLoss:
+        base = self._base
+        view = base.view("SEQ_CLS")
+        assert view.head is not None
+        ids, mask = (t.to(base.device) for t in pad_rows([e.ids for e in batch], base.pad_id, left=False))
+        wanted = torch.tensor([e.labels[0] for e in batch], device=base.device)
+        view.head.assign([self._head] * len(batch))
+        try:
+            logits = view.model(**encoder_inputs(ids, mask, adapter.prefix(len(batch), base.dtype), base.config)).logits
+        finally:
+            view.head.assign([])
+        hits = int((logits.argmax(-1) == wanted).sum())
+        return BatchLoss(F.cross_entropy(logits.float(), wanted, reduction="sum"), len(batch), int(mask.sum()), hits)
+
+
+def _hidden_states(base: Base, arguments: dict[str, Any]) -> torch.Tensor:
+    """The last hidden states [rows, tokens, width] that the output layer reads."""
+    hidden: torch.Tensor = base.model.base_model(**arguments).last_hidden_state  # type: ignore[operator,union-attr]
+    return hidden
+
+
+def _output_layer_is_plain(base: Base) -> bool:
+    """Whether logits are exactly the output layer of the last hidden states, found by trying.
+
+    Some models scale or cap their logits (T5 with tied embeddings, Gemma 2, Cohere); they take the full-logits path.
+    """
+    if base.kind != "causal":
+        return False
+    head: Any = base.model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        return False
+    ids = torch.tensor([[1, 2, 3]], device=base.device).clamp(max=base.config.vocab_size - 1)
+    with torch.inference_mode():
+        logits = base.model(input_ids=ids, use_cache=False).logits
+        hidden = base.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator,union-attr]
+        return torch.equal(F.linear(hidden, head.weight, head.bias), logits)
