@@ -10,7 +10,7 @@ from ..errors import AdapterHubError
 from ..formats.adapter_files import inventory
 from ..formats.peft_config import parse_adapter_config
 from ..formats.safetensors_header import read_header
-from ..names import check_digest, check_name
+from ..names import Ref, check_digest, check_name
 from .aliases import alias_names, read_alias
 from .catalog import card_of, resolve, versions
 from .layout import CONFIG, MANIFEST, WEIGHTS, Layout, check_format
@@ -29,7 +29,7 @@ class Finding:
         return f"{self.where}: {self.problem}"
 
 
-def verify(layout: Layout, ref: str | None = None) -> list[Finding]:
+def verify(layout: Layout, ref: str | Ref | None = None) -> list[Finding]:
     """Check one version, or every version, alias and object."""
     try:
         if ref is not None:
@@ -38,7 +38,7 @@ def verify(layout: Layout, ref: str | None = None) -> list[Finding]:
         if not check_format(layout):
             return []
     except AdapterHubError as error:
-        return [Finding(ref or "store.json", str(error))]
+        return [Finding(str(ref or "store.json"), str(error))]
     return [*_all_versions(layout), *_all_aliases(layout), *_all_objects(layout)]
 
 

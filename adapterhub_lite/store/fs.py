@@ -90,9 +90,9 @@ def storing(what: str, where: Path, needed: int = 0) -> Iterator[None]:
         if error.errno in _FULL:
             free = _free(where)
             message = f"Could not {what}: no space left; about {needed} bytes are needed, {free} are free at {where}."
-            raise StoreFull(message, "Free some space and try again; the store is as it was.") from error
+            raise StoreFull(message, "Free some space and try again; nothing was published.") from error
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"Could not {what}: {reason} ({error.filename or where}).", "The store is as it was.") from error
+        raise StoreError(f"Could not {what}: {reason} ({error.filename or where}).", "Nothing was published.") from error
 
 
 def write_file(fs: FileSystem, path: Path, data: bytes, mode: int = IMMUTABLE) -> None:

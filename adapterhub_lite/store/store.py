@@ -32,7 +32,8 @@ class Store:
     """Adapters by name and version in one folder. Reading creates nothing; the first write makes the folder.
 
     References are `name` (newest version), `name@3` or `name:prod`. Every method that takes one raises InvalidName,
-    NotFound, StoreCorrupt or StoreNewer; every method that writes also StoreError and StoreFull, and then nothing changed.
+    NotFound, StoreCorrupt or StoreNewer; every method that writes also StoreError and StoreFull. After those nothing was
+    published; where only the last sync of a moved alias or a removal failed, it may be seen although it is not durable.
     """
 
     def __init__(self, path: str | Path | None = None, fs: FileSystem | None = None) -> None:
@@ -161,7 +162,7 @@ class Store:
         with storing(f"export {name}@{version}", Path(folder).absolute().parent, size):
             return transfer.export_folder(self._fs, self._layout, name, version, Path(folder))
 
-    def verify(self, ref: str | None = None) -> Findings:
+    def verify(self, ref: str | Ref | None = None) -> Findings:
         """Everything wrong with one version, or with every version, alias and object. Reports; does not raise."""
         return check.verify(self._layout, ref)
 

@@ -17,9 +17,9 @@ def header(tensors: dict[str, Tensor]) -> Header:
     return parse_header(safetensors(tensors))
 
 
-def changed(remove: tuple[str, ...] = (), **added: Tensor) -> Header:
+def changed(added: dict[str, Tensor] | None = None, remove: tuple[str, ...] = ()) -> Header:
     tensors = {name: tensor for name, tensor in lora_tensors().items() if name not in remove}
-    return header({**tensors, **added})
+    return header({**tensors, **(added or {})})
 
 
 def test_lora() -> None:
@@ -41,14 +41,14 @@ def test_embedding_dora_bias_and_head() -> None:
         f"{BASE}score.dense.bias": f32(3),
         **{f"{BASE}model.layers.{i}.self_attn.q_proj.lora_magnitude_vector": f32(4) for i in range(2)},
     }
-    found = inventory(spec, changed(**extra))
+    found = inventory(spec, changed(extra))
     assert isinstance(found, LoraInventory)
     assert found.modules["model.embed"].kind == "embedding" and found.modules["model.embed"].in_features == 9
     assert all(ranks.dora for ranks in found.modules.values())
     assert set(found.heads) == {"score.weight", "score.dense.bias"}
     with_bias = LoraSpec(rank=2, alpha=1.0, lora_bias=True)
     biases = {f"{BASE}model.layers.{i}.self_attn.q_proj.lora_B.bias": f32(4) for i in range(2)}
-    assert all(ranks.bias for ranks in inventory(with_bias, changed(**biases)).modules.values())  # type: ignore[union-attr]
+    assert all(ranks.bias for ranks in inventory(with_bias, changed(biases)).modules.values())  # type: ignore[union-attr]
 
 
 def test_rank_pattern_is_compared() -> None:
@@ -61,20 +61,20 @@ def test_rank_pattern_is_compared() -> None:
     [
         (SPEC, changed(remove=(f"{Q0}.lora_B.weight",)), "expected 4 tensors, found 3, missing 1, unexpected 0"),
         (SPEC, changed(remove=(f"{Q0}.lora_A.weight",)), r"Missing: .*layers.0.self_attn.q_proj.lora_A.weight"),
-        (SPEC, changed(**{f"{BASE}extra.weight": f32(1)}), r"unexpected 1\. Unexpected: base_model.model.extra.weight"),
-        (SPEC, changed(**{f"{BASE}v_proj.lora_A.weight": f32(2, 4), f"{BASE}v_proj.lora_B.weight": f32(4, 2)}), "unexpected 2"),
-        (SPEC, changed(**{f"{Q0}.lora_magnitude_vector": f32(4)}), "unexpected 1"),
-        (SPEC, changed(**{f"{Q0}.lora_B.bias": f32(4)}), "unexpected 1"),
-        (SPEC, changed(**{f"{Q0}.base_layer.weight": f32(4, 4)}), "unexpected 1"),
-        (SPEC, changed(**{f"{Q0}.lora_embedding_A": f32(2, 4)}), "unexpected"),
+        (SPEC, changed({f"{BASE}extra.weight": f32(1)}), r"unexpected 1\. Unexpected: base_model.model.extra.weight"),
+        (SPEC, changed({f"{BASE}v_proj.lora_A.weight": f32(2, 4), f"{BASE}v_proj.lora_B.weight": f32(4, 2)}), "unexpected 2"),
+        (SPEC, changed({f"{Q0}.lora_magnitude_vector": f32(4)}), "unexpected 1"),
+        (SPEC, changed({f"{Q0}.lora_B.bias": f32(4)}), "unexpected 1"),
+        (SPEC, changed({f"{Q0}.base_layer.weight": f32(4, 4)}), "unexpected 1"),
+        (SPEC, changed({f"{Q0}.lora_embedding_A": f32(2, 4)}), "unexpected"),
         (LoraSpec(2, 4.0, use_dora=True), changed(), "missing 2"),
         (LoraSpec(2, 4.0, lora_bias=True), changed(), "missing 2"),
         (LoraSpec(4, 4.0), changed(), "has rank 2 in its tensors and 4 in the configuration"),
         (LoraSpec(2, 4.0, target_modules=("proj",)), changed(), "expected 0 tensors, found 4, missing 0, unexpected 4"),
         (LoraSpec(2, 4.0, modules_to_save=("score",)), changed(), "no tensor of them"),
-        (SPEC, changed(**{f"{BASE}score.weight": f32(1)}), "unexpected 1"),
-        (SPEC, changed(**{f"{Q0}.lora_A.weight": f32(3, 4)}), "do not share a rank"),
-        (SPEC, changed(**{f"{Q0}.lora_A.weight": ("I8", [2, 4], bytes(8))}), "dtype I8"),
+        (SPEC, changed({f"{BASE}score.weight": f32(1)}), "unexpected 1"),
+        (SPEC, changed({f"{Q0}.lora_A.weight": f32(3, 4)}), "do not share a rank"),
+        (SPEC, changed({f"{Q0}.lora_A.weight": ("I8", [2, 4], bytes(8))}), "dtype I8"),
         (SPEC, header({}), "expected 0 tensors, found 0"),
         (SPEC, header({"q_proj.lora_A.weight": f32(2, 4), "q_proj.lora_B.weight": f32(4, 2)}), "unexpected 2"),
         (PREFIX, header({"prompt_embeddings": f32(3, 8)}), r"prompt_embeddings is \[3, 8\], not \[3, 16\]"),
@@ -90,7 +90,7 @@ def test_mismatches(spec: LoraSpec | PrefixSpec, tensors: Header, words: str) ->
 def test_examples_are_three() -> None:
     extra = {f"{BASE}extra{index}.weight": f32(1) for index in range(9)}
     with pytest.raises(AdapterMismatch) as caught:
-        inventory(SPEC, changed(**extra))
+        inventory(SPEC, changed(extra))
     assert "unexpected 9" in str(caught.value) and str(caught.value).count(".weight") == 3
 
 

@@ -68,7 +68,7 @@ def test_missing_fields_and_all_problems_at_once() -> None:
 
 
 def test_newer_schema_says_upgrade() -> None:
-    with pytest.raises(FormatError, match="schema 2.*pip install --upgrade"):
+    with pytest.raises(FormatError, match=r"schema 2.*pip install --upgrade"):
         Card.from_bytes('{"schema": 2, "whatever": 1}')
 
 

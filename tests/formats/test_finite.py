@@ -19,7 +19,9 @@ def bf16_values(data: bytes) -> list[float]:
 
 
 def expected(data: bytes, dtype: str) -> int | None:
-    values = bf16_values(data) if dtype == "BF16" else struct.unpack(f"<{len(data) // WIDTHS[dtype][1]}{WIDTHS[dtype][0]}", data)
+    values = (
+        bf16_values(data) if dtype == "BF16" else struct.unpack(f"<{len(data) // WIDTHS[dtype][1]}{WIDTHS[dtype][0]}", data)
+    )
     return next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
 
 

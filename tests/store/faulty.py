@@ -27,10 +27,12 @@ class Crash(BaseException):
 
 class Failing(Unsynced):
     """Fails the `at`-th operation (from 1). After a Crash every operation fails, as for a dead process; after an OSError, with
-    `lasting`, every operation of the same kind does, as on a full disk."""
+    `lasting`, every operation of the same kind does, as on a full disk. `taking_back`: a failure must leave no change."""
 
-    def __init__(self, at: int, error: BaseException, lasting: bool = False, torn: bool = False) -> None:
-        self.at, self.error, self.lasting, self.torn = at, error, lasting, torn
+    def __init__(
+        self, at: int, error: BaseException, lasting: bool = False, torn: bool = False, taking_back: bool = False
+    ) -> None:
+        self.at, self.error, self.lasting, self.torn, self.taking_back = at, error, lasting, torn, taking_back
         self.count = 0
         self.kind = ""
 

@@ -195,7 +195,11 @@ def test_listing(store: Store) -> None:
     store.put("b", lora_files(2), Card())
     store.alias("b", "prod", 1)
     entries = store.list()
-    assert [(entry.name, entry.version, entry.aliases) for entry in entries] == [("a", 1, ()), ("b", 1, ("prod",)), ("b", 2, ())]
+    assert [(entry.name, entry.version, entry.aliases) for entry in entries] == [
+        ("a", 1, ()),
+        ("b", 1, ("prod",)),
+        ("b", 2, ()),
+    ]
     assert entries[1].summary["base"] == "tiny" and entries[1].summary["metrics"] == {"test": {"f1": 0.5}}
     assert entries[1].digest == store.resolve("b@1").digest and entries[1].created.endswith("Z")
     os.unlink(store.folder("a@1") / "card.json")
@@ -222,7 +226,7 @@ def test_a_removed_number_is_never_used_again(store: Store) -> None:
     weights = store.manifest("sql@2").files[WEIGHTS].sha256
     assert store.remove("sql@2").version == 2
     assert not (store.path / "objects" / weights[:2] / weights).exists()
-    with pytest.raises(NotFound, match="sql@2 was removed. Versions: 1"):
+    with pytest.raises(NotFound, match=r"sql@2 was removed\. Versions: 1"):
         store.resolve("sql@2")
     assert store.put("sql", lora_files(2), Card()).version == 3
     store.remove("sql@1")
@@ -246,7 +250,12 @@ def test_removal_keeps_what_others_share(store: Store) -> None:
 def test_newer_damaged_and_missing_store_files(store: Store) -> None:
     store.put("sql", lora_files(), Card())
     file = store.path / "store.json"
-    for content, error in (('{"format": 2}', StoreNewer), ("{", StoreCorrupt), ('{"format": "1"}', StoreCorrupt), (None, StoreCorrupt)):
+    for content, error in (
+        ('{"format": 2}', StoreNewer),
+        ("{", StoreCorrupt),
+        ('{"format": "1"}', StoreCorrupt),
+        (None, StoreCorrupt),
+    ):
         file.unlink(missing_ok=True)
         if content is not None:
             file.write_text(content)

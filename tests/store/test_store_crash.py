@@ -89,6 +89,8 @@ def check_fault(path: Path, fs: Failing, error: BaseException, before: object, a
     assert view(path) in (before, after), f"operation {fs.at} ({fs.kind}) left a mixture"
     out = path.parent / "out"
     assert not out.exists() or len(list(out.iterdir())) == 3
+    if isinstance(error, StoreError) and fs.taking_back:
+        assert view(path) == before, f"operation {fs.at} ({fs.kind}) failed, yet published"
     if isinstance(error, StoreFull):
         assert "bytes are needed" in str(error)
         assert not list((path / "tmp").glob("*")) or fs.lasting
@@ -115,7 +117,10 @@ def test_death_while_the_store_is_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ACTS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_errors_at_every_operation(tmp_path: Path, name: str, code: int) -> None:
-    assert sweep(tmp_path, ACTS[name], lambda at: Failing(at, OSError(code, "injected"))) > 5
+    def fault(at: int) -> Failing:
+        return Failing(at, OSError(code, "injected"), taking_back=name.startswith("put"))
+
+    assert sweep(tmp_path, ACTS[name], fault) > 5
 
 
 @pytest.mark.parametrize("name", ["put", "alias", "export"])
@@ -135,7 +140,6 @@ def test_full_disk_says_how_much(tmp_path: Path) -> None:
 
 def test_a_failed_fsync_is_never_repeated(tmp_path: Path) -> None:
     class Lost(FileSystem):
-        failed: set[int] = set()
         calls = 0
 
         def fsync(self, fd: int) -> None:

@@ -22,7 +22,11 @@ LORA: dict[str, dict[str, Any]] = {
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     "regex": {"target_modules": r".*\.1\.self_attn\.[qk]_proj"},
     "all-linear": {"target_modules": "all-linear"},
-    "patterns": {"target_modules": ["q_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"q_proj": 5}},
+    "patterns": {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 3},
+        "alpha_pattern": {"q_proj": 5},
+    },
     "rslora": {"target_modules": ["q_proj"], "use_rslora": True, "lora_alpha": 3},
     "dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "embedding": {"target_modules": ["embed_tokens", "up_proj"]},

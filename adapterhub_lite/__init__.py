@@ -1,0 +1,63 @@
+"""adapterhub-lite: train, store, swap, mix and merge adapters on one frozen, quantised base.
+
+    import adapterhub_lite as ahl
+    store = ahl.Store()
+    base = ahl.load_base("smollm2-135m-instruct", quantize="nf4")
+    ref = ahl.train("sql", store=store, base=base)
+    runtime = ahl.Runtime(base, store)
+    runtime.answer(["..."], adapters=[ref])
+
+Names are imported when they are first used: `import adapterhub_lite` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AdapterHubError": "errors",
+    "Base": "bases.load",
+    "Card": "formats.card",
+    "MergeReport": "merging.report",
+    "Prediction": "runtime.predict",
+    "Recipe": "recipe",
+    "Ref": "names",
+    "Runtime": "runtime.runtime",
+    "Sampling": "runtime.sampling",
+    "Store": "store",
+    "evaluate": "workflows.evaluate",
+    "load_base": "bases.load",
+    "load_recipe": "recipe",
+    "merge": "workflows.merge",
+    "train": "workflows.train",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from .bases.load import Base, load_base
+    from .errors import AdapterHubError
+    from .formats.card import Card
+    from .merging.report import MergeReport
+    from .names import Ref
+    from .recipe import Recipe, load_recipe
+    from .runtime.predict import Prediction
+    from .runtime.runtime import Runtime
+    from .runtime.sampling import Sampling
+    from .store import Store
+    from .workflows.evaluate import evaluate
+    from .workflows.merge import merge
+    from .workflows.train import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
