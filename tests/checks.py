@@ -12,8 +12,9 @@ VERSION_FILES = {"adapter_config.json", "adapter_model.safetensors", "card.json"
 
 
 def assert_store_sound(path: Path) -> None:
-    """Every version is whole, every alias names one, every object is its digest: judged here from the bytes, without the
-    store's own reader, and then by the store's `verify`, which must agree."""
+    """Every version is whole, every alias names one, every object is its digest: judged here from the bytes, without
+    the store's own reader, and then by the store's `verify`, which must agree.
+    """
     if path.exists():
         for folder in (path / "adapters").glob("*/*"):
             if folder.name.isdigit() and not folder.with_name(folder.name + ".removed").exists():

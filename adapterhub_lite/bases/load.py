@@ -117,6 +117,8 @@ def load_base(
     base = Base(
         source.name, kind, model, tokenizer, quantize, source, mark, choices, measure(model, copies)
     )
+    if kind == "encoder":
+        base.view()  # the checkpoint's own head makes room for the slot now, so that the model's tensors never change later
     on_event(Note(f"{base.name}: fingerprint {mark.digest[:12]}, {base.memory}"))
     return base
 

@@ -1,9 +1,9 @@
 """Whether the tensors of an adapter fit its configuration exactly, judged from the header alone.
 
-Tensor names are those PEFT 0.21 writes (`peft.utils.save_and_load`): `base_model.model.<module>.lora_A.weight` [rank, in],
-`.lora_B.weight` [out, rank], `.lora_B.bias` [out], `.lora_embedding_A` [rank, rows], `.lora_embedding_B` [width, rank],
-`.lora_magnitude_vector` [out]; heads of `modules_to_save` under the same prefix; for prefix tuning `prompt_embeddings`, and
-heads under `base_model.` alone.
+Tensor names are those PEFT 0.21 writes (`peft.utils.save_and_load`): `base_model.model.<module>.lora_A.weight` [rank,
+in], `.lora_B.weight` [out, rank], `.lora_B.bias` [out], `.lora_embedding_A` [rank, rows], `.lora_embedding_B` [width,
+rank], `.lora_magnitude_vector` [out]; heads of `modules_to_save` under the same prefix; for prefix tuning
+`prompt_embeddings`, and heads under `base_model.` alone.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def _heads(modules_to_save: tuple[str, ...], header: Header, prefix: str) -> dic
             heads[inner] = info
     if modules_to_save and not heads:
         # PEFT would start with a random head and say nothing.
-        raise AdapterMismatch(f"modules_to_save names {', '.join(modules_to_save[:3])}, but no tensor of them is there.")
+        raise AdapterMismatch(
+            f"modules_to_save names {', '.join(modules_to_save[:3])}, but no tensor of them is there."
+        )
     return heads
 
 
@@ -167,7 +169,9 @@ def _ranks(module: str, kind: Kind, spec: LoraSpec, header: Header) -> ModuleRan
     stem = LORA_PREFIX + module
     a, b = header.tensors[stem + A_SUFFIX[kind]].shape, header.tensors[stem + B_SUFFIX[kind]].shape
     if len(a) > 2 or len(b) > 2:
-        raise Unsupported(f"{module} is a convolution: its A is {list(a)}.", "Linear and embedding layers are supported.")
+        raise Unsupported(
+            f"{module} is a convolution: its A is {list(a)}.", "Linear and embedding layers are supported."
+        )
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise AdapterMismatch(f"{module}: A {list(a)} and B {list(b)} do not share a rank.")
     for suffix in (MAGNITUDE_SUFFIX, BIAS_SUFFIX):

@@ -27,9 +27,10 @@ def utc_now() -> str:
 class Card:
     """What is known about one version.
 
-    `base` holds name, revision, kind, fingerprint (digest, config, tokenizer, chat_template, weights), quantization and dtype;
-    `data` maps a split to source, sha256 and rows; `metrics` a split to metrics; `parents` are references `name@version`;
-    `origin` says in `kind` whether it was trained, imported or combined. Times are UTC, durations seconds.
+    `base` holds name, revision, kind, fingerprint (digest, config, tokenizer, chat_template, weights), quantization and
+    dtype; `data` maps a split to source, sha256 and rows; `metrics` a split to metrics; `parents` are references
+    `name@version`; `origin` says in `kind` whether it was trained, imported or combined. Times are UTC, durations
+    seconds.
     """
 
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -131,7 +132,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "libraries": (_texts, "an object of texts"),
     "metrics": (_metrics, "an object of splits, each an object of numbers"),
     "effect": (_object, "an object"),
-    "parents": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"),
+    "parents": (
+        lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+        "a list of texts",
+    ),
     "origin": (_object, "an object"),
     "created": (_time, "a UTC time such as 2026-01-31T12:00:00Z"),
     "duration_seconds": (lambda value: value is None or (_number(value) and value >= 0), "seconds or null"),

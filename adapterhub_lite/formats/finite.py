@@ -1,7 +1,7 @@
 """NaN, infinity and zero in raw tensor bytes, without numpy: many values at once as lanes of one big integer.
 
-A floating point value is NaN or infinite exactly when all its exponent bits are set. Adding one to the exponent field, with
-sign and fraction cleared, then carries into the place of the sign bit, and into no other lane.
+A floating point value is NaN or infinite exactly when all its exponent bits are set. Adding one to the exponent field,
+with sign and fraction cleared, then carries into the place of the sign bit, and into no other lane.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Keys of `rank_pattern` and `alpha_pattern`, matched as PEFT matches them but without a regular expression.
 
-PEFT (`peft.utils.other.get_pattern_key`) takes the first key for which `(.*\\.)?(KEY)$` matches the module name. We accept the
-keys that people and PEFT's own tools write: dotted names, with `\\.` for a dot, a leading `^` or `.*\\.` and a trailing `$`.
+PEFT (`peft.utils.other.get_pattern_key`) takes the first key for which `(.*\\.)?(KEY)$` matches the module name. We
+accept the keys that people and PEFT's own tools write: dotted names, with `\\.` for a dot, a leading `^` or `.*\\.` and
+a trailing `$`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from .patterns import is_pattern
 from .specs import LoraSpec, PrefixSpec, Spec
 from .strict_json import dump, parse_object
 
+__all__ = ["LoraSpec", "PrefixSpec", "Spec", "adapter_config", "adapter_config_bytes", "parse_adapter_config"]
+
 MAX_BYTES = 1 << 20
 MAX_RANK = 1024
 MAX_ALPHA = 1e6

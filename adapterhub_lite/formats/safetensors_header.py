@@ -1,7 +1,8 @@
 """The header of a safetensors file, read by our own strict reader before any library sees the file.
 
-Accepts a subset of what the safetensors library accepts: in addition duplicate keys, unusual names, huge headers and huge
-tensor counts are refused. Format: https://huggingface.co/docs/safetensors, 8 bytes length, JSON header, tensor bodies.
+Accepts a subset of what the safetensors library accepts: in addition duplicate keys, unusual names, huge headers and
+huge tensor counts are refused. Format: https://huggingface.co/docs/safetensors, 8 bytes length, JSON header, tensor
+bodies.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def read_header(path: str | Path, *, limit: int = MAX_HEADER, max_tensors: int =
     return _parse(start, head, size, str(path), max_tensors)
 
 
-def parse_header(data: bytes, what: str = "the file", *, limit: int = MAX_HEADER, max_tensors: int = MAX_TENSORS) -> Header:
+def parse_header(
+    data: bytes, what: str = "the file", *, limit: int = MAX_HEADER, max_tensors: int = MAX_TENSORS
+) -> Header:
     """The same for a file held in memory. Raises as `read_header`."""
     length = _header_length(data[:_LENGTH], len(data), what, limit)
     return _parse(data[:_LENGTH], data[_LENGTH : _LENGTH + length], len(data), what, max_tensors)

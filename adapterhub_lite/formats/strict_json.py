@@ -49,7 +49,9 @@ def parse_object(
 def dump(value: object, indent: int | None = None, sort_keys: bool = True) -> bytes:
     """Canonical JSON: UTF-8, one newline at the end. Raises ValueError for NaN and infinities."""
     separators = (",", ": ") if indent else (",", ":")
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys, indent=indent, separators=separators)
+    text = json.dumps(
+        value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys, indent=indent, separators=separators
+    )
     return (text + "\n").encode("utf-8")
 
 

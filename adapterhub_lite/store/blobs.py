@@ -1,4 +1,4 @@
-"""Contents by digest. A version is whole without them, since its files are links to them or copies: they only save space."""
+"""Contents by digest: they only save space. A version is whole without them, its files are links to them or copies."""
 
 from __future__ import annotations
 

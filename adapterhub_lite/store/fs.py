@@ -1,7 +1,8 @@
 """Every change that the package makes to a store, as single system calls that tests record and fail.
 
-Order is what makes a store sound: the bytes of a file are durable (fsync) before it gets its name, its name (fsync of the
-folder) before anything refers to it. A failed fsync fails the operation: after it the kernel may call lost pages clean.
+Order is what makes a store sound: the bytes of a file are durable (fsync) before it gets its name, its name (fsync of
+the folder) before anything refers to it. A failed fsync fails the operation: after it the kernel may call lost pages
+clean.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ IMMUTABLE = 0o444
 MUTABLE = 0o644
 _FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _NO_LINKS = frozenset(
-    getattr(errno, name) for name in ("EPERM", "EXDEV", "EMLINK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP") if hasattr(errno, name)
+    getattr(errno, name)
+    for name in ("EPERM", "EXDEV", "EMLINK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP")
+    if hasattr(errno, name)
 )
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | sum(getattr(os, f, 0) for f in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
 
@@ -92,7 +95,9 @@ def storing(what: str, where: Path, needed: int = 0) -> Iterator[None]:
             message = f"Could not {what}: no space left; about {needed} bytes are needed, {free} are free at {where}."
             raise StoreFull(message, "Free some space and try again; nothing was published.") from error
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"Could not {what}: {reason} ({error.filename or where}).", "Nothing was published.") from error
+        raise StoreError(
+            f"Could not {what}: {reason} ({error.filename or where}).", "Nothing was published."
+        ) from error
 
 
 def write_file(fs: FileSystem, path: Path, data: bytes, mode: int = IMMUTABLE) -> None:

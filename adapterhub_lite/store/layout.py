@@ -6,6 +6,8 @@
     aliases/<name>/<alias>.json         the version an alias names, and its history
     objects/<ab>/<sha256>               contents; the files of versions are hard links to them
     tmp/                                what is not published yet
+
+All of it lies on one file system, so that everything is published by renaming.
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ def check_format(layout: Layout) -> bool:
             raise StoreCorrupt(f"{layout.store_file} is missing.", f'Write {{"format": {FORMAT}}} there to go on.')
         return False
     try:
-        found = parse_object(read_regular(layout.store_file, _STORE_LIMIT), "store.json", limit=_STORE_LIMIT).get("format")
+        data = read_regular(layout.store_file, _STORE_LIMIT)
+        found = parse_object(data, "store.json", limit=_STORE_LIMIT).get("format")
     except FormatError as error:
         raise StoreCorrupt(f"{layout.store_file} is damaged: {error}") from None
     if type(found) is not int or found < 1:

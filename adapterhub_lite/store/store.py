@@ -32,8 +32,9 @@ class Store:
     """Adapters by name and version in one folder. Reading creates nothing; the first write makes the folder.
 
     References are `name` (newest version), `name@3` or `name:prod`. Every method that takes one raises InvalidName,
-    NotFound, StoreCorrupt or StoreNewer; every method that writes also StoreError and StoreFull. After those nothing was
-    published; where only the last sync of a moved alias or a removal failed, it may be seen although it is not durable.
+    NotFound, StoreCorrupt or StoreNewer; every method that writes also StoreError and StoreFull. After those nothing
+    was published; where only the last sync of a moved alias or a removal failed, it may be seen although it is not
+    durable.
     """
 
     def __init__(self, path: str | Path | None = None, fs: FileSystem | None = None) -> None:
@@ -49,8 +50,8 @@ class Store:
     def put(self, name: str, files: Mapping[str, bytes | Path], card: Card) -> Ref:
         """Check an adapter and publish it as a new version; the resolved reference says which.
 
-        `files` are adapter_config.json and adapter_model.safetensors. The configuration is stored in canonical form, and the
-        card's `adapter` gets the facts of the files.
+        `files` are adapter_config.json and adapter_model.safetensors. The configuration is stored in canonical form,
+        and the card's `adapter` gets the facts of the files.
 
         Raises:
             FormatError, UnsafeFile, Unsupported, AdapterMismatch, NoEffect: refused before anything is written.
@@ -130,15 +131,17 @@ class Store:
     def remove(self, ref: str | Ref, force: bool = False) -> Ref:
         """Remove a version for ever; its number is not used again.
 
-        Refused with StoreError while an alias points to it or another version was made from it, unless `force`: then those
-        aliases are taken away, and the children keep naming a parent that is gone.
+        Refused with StoreError while an alias points to it or another version was made from it, unless `force`: then
+        those aliases are taken away, and the children keep naming a parent that is gone.
         """
         found = self.resolve(ref)
         name, version = found.name, _version(found)
         pointing = [alias for alias, number in self.aliases(name).items() if number == version]
         users = [f"{name}:{alias}" for alias in pointing] + self._children(found)
         if users and not force:
-            raise StoreError(f"{name}@{version} is in use by {', '.join(users)}.", "Move those first, or force the removal.")
+            raise StoreError(
+                f"{name}@{version} is in use by {', '.join(users)}.", "Move those first, or force the removal."
+            )
         for alias in pointing:
             self.unalias(name, alias)
         with storing(f"remove {name}@{version}", self.path):

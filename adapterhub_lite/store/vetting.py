@@ -1,5 +1,7 @@
-"""The checks that an adapter passes before a byte of it enters the store. They read bytes held here, so no file can change
-between the look and the copy."""
+"""The checks that an adapter passes before a byte of it enters the store.
+
+They read bytes held in memory, so no file can change between the look and the copy.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import AdapterMismatch, NoEffect
-from ..formats.adapter_files import A_SUFFIX, B_SUFFIX, BIAS_SUFFIX, LORA_PREFIX, LoraInventory, facts, inventory, with_targets
+from ..formats.adapter_files import (
+    A_SUFFIX,
+    B_SUFFIX,
+    BIAS_SUFFIX,
+    LORA_PREFIX,
+    LoraInventory,
+    facts,
+    inventory,
+    with_targets,
+)
 from ..formats.finite import first_non_finite, is_all_zero
 from ..formats.peft_config import adapter_config_bytes, parse_adapter_config
 from ..formats.safetensors_header import Header, parse_header
@@ -17,7 +28,7 @@ from .layout import WEIGHTS
 
 @dataclass(frozen=True)
 class Vetted:
-    """An adapter that passed: its spec, the canonical configuration written from it, its weights, and facts for its card."""
+    """An adapter that passed: its spec, the canonical configuration made from it, weights, and facts for its card."""
 
     spec: Spec
     config: bytes
@@ -53,7 +64,10 @@ def _check_finite(header: Header, weights: bytes) -> None:
 
 
 def _has_effect(found: LoraInventory, header: Header, weights: bytes) -> bool:
-    """Whether some product B @ A, bias or head can move an output. A zero B with a DoRA magnitude is the untrained start."""
+    """Whether some product B @ A, bias or head can move an output.
+
+    A zero B with a DoRA magnitude is the untrained start.
+    """
     view = memoryview(weights)
 
     def moves(name: str) -> bool:

@@ -23,6 +23,7 @@ class Rows(Sequence[Row]):
     lines: tuple[int, ...]
     source: str
     sha256: str
+    is_file: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,8 +48,11 @@ class Rows(Sequence[Row]):
         return row[name]
 
     def summary(self) -> dict[str, Any]:
-        """What a card keeps of the data."""
-        return {"source": Path(self.source).name, "sha256": self.sha256, "rows": len(self)}
+        """What a card keeps of the data; `path` is where a file was, to find it again on this machine."""
+        if self.is_file:
+            path = Path(self.source).absolute()
+            return {"source": path.name, "path": str(path), "sha256": self.sha256, "rows": len(self)}
+        return {"source": self.source, "sha256": self.sha256, "rows": len(self)}
 
 
 def read_jsonl(path: Path) -> Rows:
@@ -88,7 +92,7 @@ def read_hub(hub: str, split: str, config: str | None = None, revision: str | No
     if not rows:
         raise DataError(f"Dataset {hub!r} ({split}) holds no rows.", "Check the split.")
     text = "\n".join(json.dumps(row, sort_keys=True, default=str) for row in rows)
-    return Rows(rows, tuple(range(1, len(rows) + 1)), f"{hub}:{split}", hashlib.sha256(text.encode()).hexdigest())
+    return Rows(rows, tuple(range(1, len(rows) + 1)), f"{hub}:{split}", hashlib.sha256(text.encode()).hexdigest(), False)
 
 
 def _parse(line: bytes, path: Path, number: int) -> Row:

@@ -167,11 +167,11 @@ def _publish(
             held = runtime.attach(trained.adapter, task)
             effect = measure_effect(runtime, held)
             metrics = {}
-            for split in ("validation", "test"):
-                if split in rows:
-                    title = f"measuring {name} on {split}"
-                    metrics[split] = evaluate(runtime, task, rows[split], held, on_event, title).metrics
-                    on_event(Evaluated(split, len(trained.history.losses), metrics[split]))
+            split = next((s for s in ("test", "validation") if s in rows), None)
+            if split is not None:
+                title = f"measuring {name} on {split}"
+                metrics[split] = evaluate(runtime, task, rows[split], held, on_event, title).metrics
+                on_event(Evaluated(split, len(trained.history.losses), metrics[split]))
     finally:
         runtime.close()
     card = Card(

@@ -37,7 +37,9 @@ def raw_safetensors(header: str | bytes, body: bytes = b"") -> bytes:
     return struct.pack("<Q", len(head)) + head + body
 
 
-def lora_tensors(rank: int = 2, width: int = 4, layers: int = 2, seed: int = 0, b: float | None = None) -> dict[str, Tensor]:
+def lora_tensors(
+    rank: int = 2, width: int = 4, layers: int = 2, seed: int = 0, b: float | None = None
+) -> dict[str, Tensor]:
     """q_proj of each layer; `b` fixes every value of B."""
     tensors = {}
     for layer in range(layers):
@@ -49,7 +51,13 @@ def lora_tensors(rank: int = 2, width: int = 4, layers: int = 2, seed: int = 0, 
 
 def lora_config(**changes: Any) -> bytes:
     """A small adapter_config.json for `lora_tensors`."""
-    raw = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "tiny"}
+    raw = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "tiny",
+    }
     return json.dumps({**raw, **changes}).encode()
 
 

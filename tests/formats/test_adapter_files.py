@@ -24,7 +24,8 @@ def changed(added: dict[str, Tensor] | None = None, remove: tuple[str, ...] = ()
 
 def test_lora() -> None:
     found = inventory(SPEC, changed())
-    assert isinstance(found, LoraInventory) and not found.heads
+    assert isinstance(found, LoraInventory)
+    assert not found.heads
     assert list(found.modules) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     ranks = found.modules["model.layers.0.self_attn.q_proj"]
     assert (ranks.rank, ranks.in_features, ranks.out_features, ranks.kind) == (2, 4, 4, "linear")
@@ -43,7 +44,8 @@ def test_embedding_dora_bias_and_head() -> None:
     }
     found = inventory(spec, changed(extra))
     assert isinstance(found, LoraInventory)
-    assert found.modules["model.embed"].kind == "embedding" and found.modules["model.embed"].in_features == 9
+    assert found.modules["model.embed"].kind == "embedding"
+    assert found.modules["model.embed"].in_features == 9
     assert all(ranks.dora for ranks in found.modules.values())
     assert set(found.heads) == {"score.weight", "score.dense.bias"}
     with_bias = LoraSpec(rank=2, alpha=1.0, lora_bias=True)
@@ -57,12 +59,16 @@ def test_rank_pattern_is_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec,tensors,words",
+    ("spec", "tensors", "words"),
     [
         (SPEC, changed(remove=(f"{Q0}.lora_B.weight",)), "expected 4 tensors, found 3, missing 1, unexpected 0"),
         (SPEC, changed(remove=(f"{Q0}.lora_A.weight",)), r"Missing: .*layers.0.self_attn.q_proj.lora_A.weight"),
         (SPEC, changed({f"{BASE}extra.weight": f32(1)}), r"unexpected 1\. Unexpected: base_model.model.extra.weight"),
-        (SPEC, changed({f"{BASE}v_proj.lora_A.weight": f32(2, 4), f"{BASE}v_proj.lora_B.weight": f32(4, 2)}), "unexpected 2"),
+        (
+            SPEC,
+            changed({f"{BASE}v_proj.lora_A.weight": f32(2, 4), f"{BASE}v_proj.lora_B.weight": f32(4, 2)}),
+            "unexpected 2",
+        ),
         (SPEC, changed({f"{Q0}.lora_magnitude_vector": f32(4)}), "unexpected 1"),
         (SPEC, changed({f"{Q0}.lora_B.bias": f32(4)}), "unexpected 1"),
         (SPEC, changed({f"{Q0}.base_layer.weight": f32(4, 4)}), "unexpected 1"),
@@ -91,7 +97,8 @@ def test_examples_are_three() -> None:
     extra = {f"{BASE}extra{index}.weight": f32(1) for index in range(9)}
     with pytest.raises(AdapterMismatch) as caught:
         inventory(SPEC, changed(extra))
-    assert "unexpected 9" in str(caught.value) and str(caught.value).count(".weight") == 3
+    assert "unexpected 9" in str(caught.value)
+    assert str(caught.value).count(".weight") == 3
 
 
 def test_wrong_magnitude_and_convolution() -> None:
@@ -107,7 +114,8 @@ def test_prefix_with_head() -> None:
     spec = PrefixSpec(3, 4, 2, 2, modules_to_save=("classifier", "score"))
     tensors = {"prompt_embeddings": f32(3, 16), "base_model.classifier.weight": f32(2, 4)}
     found = inventory(spec, header(tensors))
-    assert isinstance(found, PrefixInventory) and set(found.heads) == {"classifier.weight"}
+    assert isinstance(found, PrefixInventory)
+    assert set(found.heads) == {"classifier.weight"}
     assert facts(spec, header(tensors)) == {"type": "prefix", "tokens": 3, "tensors": 2, "parameters": 56, "bytes": 224}
 
 

@@ -28,14 +28,16 @@ CARD = Card(
 
 def test_round_trip_is_canonical() -> None:
     data = CARD.to_bytes()
-    assert Card.from_bytes(data) == CARD and Card.from_bytes(data).to_bytes() == data
-    assert data.endswith(b"}\n") and "ü".encode() in data
+    assert Card.from_bytes(data) == CARD
+    assert Card.from_bytes(data).to_bytes() == data
+    assert data.endswith(b"}\n")
+    assert "ü".encode() in data
     assert list(json.loads(data)) == sorted(json.loads(data))
     assert Card.from_bytes(Card().to_bytes()).created <= utc_now()
 
 
 @pytest.mark.parametrize(
-    "changes,words",
+    ("changes", "words"),
     [
         ({"surprise": 1}, "'surprise': unknown key"),
         ({"adapter": {"type": "ia3"}}, "adapter: expected an object whose type is one of lora, dora, prefix"),
@@ -64,7 +66,9 @@ def test_missing_fields_and_all_problems_at_once() -> None:
     with pytest.raises(FormatError) as caught:
         Card.from_bytes('{"schema": 1, "seed": "x", "other": 2}')
     text = str(caught.value)
-    assert "adapter: is missing" in text and "'other': unknown key" in text and "seed: expected" in text
+    assert "adapter: is missing" in text
+    assert "'other': unknown key" in text
+    assert "seed: expected" in text
 
 
 def test_newer_schema_says_upgrade() -> None:

@@ -20,7 +20,9 @@ def bf16_values(data: bytes) -> list[float]:
 
 def expected(data: bytes, dtype: str) -> int | None:
     values = (
-        bf16_values(data) if dtype == "BF16" else struct.unpack(f"<{len(data) // WIDTHS[dtype][1]}{WIDTHS[dtype][0]}", data)
+        bf16_values(data)
+        if dtype == "BF16"
+        else struct.unpack(f"<{len(data) // WIDTHS[dtype][1]}{WIDTHS[dtype][0]}", data)
     )
     return next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
 
@@ -64,7 +66,8 @@ def test_zero_in_a_later_chunk() -> None:
     assert is_all_zero(data, "F32")
     data[299_996] = 1
     assert not is_all_zero(data, "F32")
-    assert is_all_zero(b"", "F16") and first_non_finite(b"", "F16") is None
+    assert is_all_zero(b"", "F16")
+    assert first_non_finite(b"", "F16") is None
 
 
 def test_refuses_what_it_cannot_read() -> None:

@@ -16,7 +16,13 @@ from adapterhub_lite.formats.peft_config import adapter_config, adapter_config_b
 from adapterhub_lite.formats.specs import LoraSpec, PrefixSpec
 
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"]}
-PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "token_dim": 16, "num_layers": 2, "num_attention_heads": 4}
+PREFIX = {
+    "peft_type": "PREFIX_TUNING",
+    "num_virtual_tokens": 5,
+    "token_dim": 16,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def parse(raw: dict[str, Any], **changes: Any) -> LoraSpec | PrefixSpec:
@@ -46,8 +52,10 @@ def test_everything_of_lora() -> None:
         init_lora_weights="gaussian",
     )
     assert isinstance(spec, LoraSpec)
-    assert spec.modules_to_save == ("classifier", "score") and spec.base_model == "../../etc/passwd"
-    assert spec.rank_of("model.layers.1.q_proj") == 4 and spec.rank_of("model.layers.11.q_proj") == 8
+    assert spec.modules_to_save == ("classifier", "score")
+    assert spec.base_model == "../../etc/passwd"
+    assert spec.rank_of("model.layers.1.q_proj") == 4
+    assert spec.rank_of("model.layers.11.q_proj") == 8
     assert spec.scaling("model.layers.1.q_proj") == 16 / 4**0.5
     assert spec.scaling("model.layers.0.q_proj") == 2.5 / 8**0.5
     assert spec.scaling("model.layers.0.q_proj", rank=4) == 2.5 / 2
@@ -56,8 +64,12 @@ def test_everything_of_lora() -> None:
 
 
 def test_prefix() -> None:
-    spec = parse(PREFIX, prefix_projection=True, encoder_hidden_size=7, init_weights="zero", num_transformer_submodules=1)
-    assert isinstance(spec, PrefixSpec) and spec.shape == (5, 64) and spec.prefix_projection
+    spec = parse(
+        PREFIX, prefix_projection=True, encoder_hidden_size=7, init_weights="zero", num_transformer_submodules=1
+    )
+    assert isinstance(spec, PrefixSpec)
+    assert spec.shape == (5, 64)
+    assert spec.prefix_projection
     assert parse_adapter_config(adapter_config_bytes(spec)) == spec
 
 
@@ -75,7 +87,8 @@ def test_prefix() -> None:
 )
 def test_modules_that_only_the_tensors_tell(changes: dict[str, Any]) -> None:
     spec = parse(LORA, **changes)
-    assert isinstance(spec, LoraSpec) and spec.target_modules == ()
+    assert isinstance(spec, LoraSpec)
+    assert spec.target_modules == ()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -139,7 +152,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("changes,words", REFUSED, ids=[json.dumps(changes)[:60] for changes, _ in REFUSED])
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[json.dumps(changes)[:60] for changes, _ in REFUSED])
 def test_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(FormatError, match=re.escape(words)):
         parse(LORA, **changes)
@@ -149,7 +162,8 @@ def test_all_problems_at_once() -> None:
     with pytest.raises(FormatError) as caught:
         parse(LORA, r=-1, lora_alpha="8", surprise=1, init_lora_weights="pissa", layer_replication=[[0, 1]], another=2)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("adapter_config.json: 6 problems") and len(lines) == 7
+    assert lines[0].startswith("adapter_config.json: 6 problems")
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize("key", ["num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads"])
@@ -180,7 +194,7 @@ def test_no_type_and_adapterhub_folders() -> None:
 
 
 @pytest.mark.parametrize(
-    "data,words",
+    ("data", "words"),
     [
         (b'{"peft_type":"LORA","r":8,"r":9}', "'r' occurs twice"),
         (b'{"peft_type":"LORA","lora_alpha":NaN}', "NaN is not"),
@@ -209,7 +223,8 @@ def test_what_is_built_has_sorted_keys_and_known_keys_only() -> None:
         assert set(built) <= set(known.__dataclass_fields__)
         assert built["inference_mode"] is True
     built = adapter_config(parse(LORA))
-    assert built["target_modules"] == ["q_proj", "v_proj"] and type(built["lora_alpha"]) is int
+    assert built["target_modules"] == ["q_proj", "v_proj"]
+    assert type(built["lora_alpha"]) is int
 
 
 def test_what_peft_writes_is_read_and_what_we_write_peft_reads(tmp_path: Path) -> None:
@@ -233,14 +248,16 @@ def test_what_peft_writes_is_read_and_what_we_write_peft_reads(tmp_path: Path) -
         for key in set(adapter_config(spec)) - {"inference_mode", "init_lora_weights", "target_modules"}:
             assert getattr(again, key) == getattr(config, key), key
         if isinstance(config, LoraConfig) and config.target_modules:
-            assert isinstance(again, LoraConfig) and again.target_modules == config.target_modules
+            assert isinstance(again, LoraConfig)
+            assert again.target_modules == config.target_modules
 
 
 def test_order_of_patterns_survives() -> None:
     # The first pattern that matches counts; sorting them would change what the adapter computes.
     spec = parse(LORA, alpha_pattern={"q_proj": 1, "layers.0.q_proj": 2})
     again = parse_adapter_config(adapter_config_bytes(spec))
-    assert isinstance(again, LoraSpec) and list(again.alpha_pattern) == ["q_proj", "layers.0.q_proj"]
+    assert isinstance(again, LoraSpec)
+    assert list(again.alpha_pattern) == ["q_proj", "layers.0.q_proj"]
     assert again.scaling("layers.0.q_proj") == 1 / 8
 
 
@@ -262,7 +279,9 @@ def test_patterns_match_as_peft_matches(keys: list[str], name: str) -> None:
     assert (first_match(keys, name) or name) == get_pattern_key(keys, name)
 
 
-@pytest.mark.parametrize("key", ["(a+)+$", "a|b", "a*", "[ab]", "a b", "", r"\d", "a\n", "^", "$", "ä", "a$b", "a" * 257, "\\"])
+@pytest.mark.parametrize(
+    "key", ["(a+)+$", "a|b", "a*", "[ab]", "a b", "", r"\d", "a\n", "^", "$", "ä", "a$b", "a" * 257, "\\"]
+)
 def test_regular_expressions_are_no_patterns(key: str) -> None:
     assert not is_pattern(key)
     with pytest.raises(ValueError, match="not a module name pattern"):

@@ -27,7 +27,8 @@ def test_reads_names_shapes_offsets_and_metadata(tmp_path: Path) -> None:
     path.write_bytes(safetensors({"a": f32(2, 3), "b.c-d_1": f32(4)}, {"format": "pt"}))
     header = read_header(path)
     assert {name: info.shape for name, info in header.tensors.items()} == {"a": (2, 3), "b.c-d_1": (4,)}
-    assert header.tensors["b.c-d_1"].begin == 24 and header.tensors["b.c-d_1"].end == 40
+    assert header.tensors["b.c-d_1"].begin == 24
+    assert header.tensors["b.c-d_1"].end == 40
     assert header.tensors["a"].elements == 6
     assert header.metadata == {"format": "pt"}
     assert path.read_bytes()[header.span("a")] == f32(2, 3)[2]
@@ -55,7 +56,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "overlap": (raw_safetensors(json.dumps({"a": tensor(), "b": tensor(offsets=[2, 6])}), bytes(6)), "overlaps"),
     "same bytes twice": (raw_safetensors(json.dumps({"a": tensor(), "b": tensor()}), bytes(4)), "overlaps"),
     "shape and bytes disagree": (raw_safetensors(json.dumps({"a": tensor(shape=[2])}), bytes(4)), "needs another"),
-    "shape overflow": (raw_safetensors(json.dumps({"a": tensor(shape=[2**40, 2**40, 0], offsets=[0, 0])})), "too large"),
+    "shape overflow": (
+        raw_safetensors(json.dumps({"a": tensor(shape=[2**40, 2**40, 0], offsets=[0, 0])})),
+        "too large",
+    ),
     "huge dimension": (raw_safetensors(json.dumps({"a": tensor(shape=[0, 2**63], offsets=[0, 0])})), "natural"),
     "negative offset": (raw_safetensors(json.dumps({"a": tensor(offsets=[-4, 0])})), "not an offset"),
     "minus zero": (raw_safetensors('{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'), "not an offset"),
@@ -82,7 +86,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("data,words", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(("data", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused(tmp_path: Path, data: bytes, words: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
@@ -123,7 +127,8 @@ def test_pickles_and_archives_are_named_as_such(tmp_path: Path) -> None:
 def test_a_header_of_640_bytes_is_no_pickle() -> None:
     # Its length begins with the bytes 80 02, as pickles of protocol 2 do.
     data = raw_safetensors("{}".ljust(640))
-    assert data[:2] == b"\x80\x02" and parse_header(data).tensors == {}
+    assert data[:2] == b"\x80\x02"
+    assert parse_header(data).tensors == {}
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
@@ -149,7 +154,9 @@ INFOS = st.one_of(
         st.sampled_from(["F32", "BF16", "U8", "F4", "f32", 1]),
     ),
     st.builds(
-        lambda count, begin: tensor([count], [begin, begin + count], "U8"), st.integers(0, 8), st.sampled_from([0, 1, 4, 8])
+        lambda count, begin: tensor([count], [begin, begin + count], "U8"),
+        st.integers(0, 8),
+        st.sampled_from([0, 1, 4, 8]),
     ),
     NUMBERS,
 )
@@ -175,7 +182,9 @@ SEED = safetensors({"a.lora_A.weight": f32(2, 3), "b": f32(2), "c": ("U8", [0], 
 
 
 @settings(max_examples=600, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, len(SEED) - 1), st.binary(max_size=3), st.integers(0, 2)), min_size=1, max_size=4))
+@given(
+    st.lists(st.tuples(st.integers(0, len(SEED) - 1), st.binary(max_size=3), st.integers(0, 2)), min_size=1, max_size=4)
+)
 def test_never_accepts_what_the_library_refuses_mutated(edits: list[tuple[int, bytes, int]]) -> None:
     data = SEED
     for position, insert, delete in edits:

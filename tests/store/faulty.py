@@ -1,4 +1,6 @@
-"""File systems for tests: one that fails at its n-th operation, and one that records what it did for the power-loss model."""
+"""File systems for tests: one that fails at its n-th operation, and one that records what it did for the power-loss
+model.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ class Crash(BaseException):
 
 
 class Failing(Unsynced):
-    """Fails the `at`-th operation (from 1). After a Crash every operation fails, as for a dead process; after an OSError, with
-    `lasting`, every operation of the same kind does, as on a full disk. `taking_back`: a failure must leave no change."""
+    """Fails the `at`-th operation (from 1). After a Crash every operation fails, as for a dead process; after an
+    OSError, with `lasting`, every operation of the same kind does, as on a full disk. `taking_back`: a failure must
+    leave no change.
+    """
 
     def __init__(
         self, at: int, error: BaseException, lasting: bool = False, torn: bool = False, taking_back: bool = False

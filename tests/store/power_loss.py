@@ -1,7 +1,7 @@
 """Every disk that a power cut may leave behind, from a recorded list of operations.
 
-The model is harsher than any real file system: bytes that were not synced are gone, half there or all there; names that were
-not synced are each there or not, in any combination. What was synced is there.
+The model is harsher than any real file system: bytes that were not synced are gone, half there or all there; names that
+were not synced are each there or not, in any combination. What was synced is there.
 """
 
 from __future__ import annotations

@@ -39,7 +39,10 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_reading_creates_nothing(store: Store) -> None:
-    assert store.list() == [] and store.names() == [] and store.versions("sql") == [] and store.aliases("sql") == {}
+    assert store.list() == []
+    assert store.names() == []
+    assert store.versions("sql") == []
+    assert store.aliases("sql") == {}
     assert store.verify() == []
     with pytest.raises(NotFound, match="ahl list"):
         store.resolve("sql")
@@ -51,15 +54,19 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert Store().path == tmp_path / "home"
     monkeypatch.delenv("AHL_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert "adapterhub-lite" in str(Store().path) and not Store().path.exists()
+    assert "adapterhub-lite" in str(Store().path)
+    assert not Store().path.exists()
 
 
 def test_put_and_read_back(store: Store) -> None:
     ref = store.put("sql", lora_files(), Card(base={"name": "tiny"}, seed=3))
-    assert ref.version == 1 and ref.digest == store.manifest("sql").digest == store.resolve("sql@1").digest
+    assert ref.version == 1
+    assert ref.digest == store.manifest("sql").digest == store.resolve("sql@1").digest
     assert store.spec(ref) == LoraSpec(rank=2, alpha=4.0, target_modules=("q_proj",), base_model="tiny")
     card = store.card("sql")
-    assert card.seed == 3 and card.adapter["parameters"] == 32 and card.adapter["type"] == "lora"
+    assert card.seed == 3
+    assert card.adapter["parameters"] == 32
+    assert card.adapter["type"] == "lora"
     assert (store.verified_folder(ref) / WEIGHTS).read_bytes() == lora_files()[WEIGHTS]
     assert store.folder(ref) == store.path / "adapters" / "sql" / "1"
     assert_store_sound(store.path)
@@ -68,10 +75,12 @@ def test_put_and_read_back(store: Store) -> None:
 def test_versions_count_up_and_equal_content_is_stored_once(store: Store) -> None:
     card = Card()
     refs = [store.put("sql", lora_files(seed), card) for seed in (0, 1, 0)]
-    assert [ref.version for ref in refs] == [1, 2, 3] and refs[0].digest == refs[2].digest != refs[1].digest
+    assert [ref.version for ref in refs] == [1, 2, 3]
+    assert refs[0].digest == refs[2].digest != refs[1].digest
     assert store.resolve("sql").version == 3
     first, third = (store.folder(f"sql@{n}") / WEIGHTS for n in (1, 3))
-    assert os.path.samefile(first, third) and first.stat().st_nlink == 3
+    assert os.path.samefile(first, third)
+    assert first.stat().st_nlink == 3
     assert_store_sound(store.path)
 
 
@@ -112,7 +121,7 @@ def refused_files() -> dict[str, tuple[dict[str, Any], type[AdapterHubError], st
     }
 
 
-@pytest.mark.parametrize("files,error,words", refused_files().values(), ids=refused_files().keys())
+@pytest.mark.parametrize(("files", "error", "words"), refused_files().values(), ids=refused_files().keys())
 def test_refused_before_anything_is_written(store: Store, files: Any, error: type[AdapterHubError], words: str) -> None:
     with pytest.raises(error, match=words):
         store.put("sql", files, Card())
@@ -167,10 +176,12 @@ def test_aliases_move_and_remember(store: Store) -> None:
         store.put("sql", lora_files(seed), Card())
     assert store.alias("sql", "prod", 1) == Ref("sql", 1, "prod", store.resolve("sql@1").digest)
     store.alias("sql", "prod", 2)
-    assert store.resolve("sql:prod").version == 2 and store.aliases("sql") == {"prod": 2}
+    assert store.resolve("sql:prod").version == 2
+    assert store.aliases("sql") == {"prod": 2}
     assert [move.version for move in store.alias_history("sql", "prod")] == [1, 2]
     store.unalias("sql", "prod")
-    assert store.aliases("sql") == {} and [m.version for m in store.alias_history("sql", "prod")] == [1, 2, None]
+    assert store.aliases("sql") == {}
+    assert [m.version for m in store.alias_history("sql", "prod")] == [1, 2, None]
     with pytest.raises(NotFound):
         store.unalias("sql", "prod")
     with pytest.raises(NotFound):
@@ -200,10 +211,13 @@ def test_listing(store: Store) -> None:
         ("b", 1, ("prod",)),
         ("b", 2, ()),
     ]
-    assert entries[1].summary["base"] == "tiny" and entries[1].summary["metrics"] == {"test": {"f1": 0.5}}
-    assert entries[1].digest == store.resolve("b@1").digest and entries[1].created.endswith("Z")
+    assert entries[1].summary["base"] == "tiny"
+    assert entries[1].summary["metrics"] == {"test": {"f1": 0.5}}
+    assert entries[1].digest == store.resolve("b@1").digest
+    assert entries[1].created.endswith("Z")
     os.unlink(store.folder("a@1") / "card.json")
-    assert "card.json" in store.list()[0].problem and len(store.list()) == 3
+    assert "card.json" in store.list()[0].problem
+    assert len(store.list()) == 3
 
 
 def test_removal_is_refused_while_in_use(store: Store) -> None:
@@ -216,7 +230,8 @@ def test_removal_is_refused_while_in_use(store: Store) -> None:
         store.remove("sql@1")
     assert store.resolve("sql@1") == parent
     store.remove("sql@1", force=True)
-    assert store.versions("sql") == [2] and store.aliases("sql") == {}
+    assert store.versions("sql") == [2]
+    assert store.aliases("sql") == {}
     assert_store_sound(store.path)
 
 
@@ -231,7 +246,8 @@ def test_a_removed_number_is_never_used_again(store: Store) -> None:
     assert store.put("sql", lora_files(2), Card()).version == 3
     store.remove("sql@1")
     store.remove("sql")
-    assert store.names() == [] and store.versions("sql") == []
+    assert store.names() == []
+    assert store.versions("sql") == []
     with pytest.raises(NotFound):
         store.resolve("sql")
     assert store.put("sql", lora_files(), Card()).version == 4
@@ -270,7 +286,8 @@ def test_read_only_store_reads(store: Store) -> None:
     store.put("sql", lora_files(), Card())
     for folder in [store.path, *[path for path in store.path.rglob("*") if path.is_dir()]]:
         folder.chmod(0o555)
-    assert store.verified_folder("sql") and store.verify() == []
+    assert store.verified_folder("sql")
+    assert store.verify() == []
     with pytest.raises(StoreError, match="Permission denied"):
         store.put("sql", lora_files(1), Card())
 
@@ -283,8 +300,10 @@ def test_findings(store: Store) -> None:
     (store.path / "objects" / "ab" / "junk").write_text("x")
     text = "\n".join(map(str, store.verify()))
     assert "sql@1: holds files that are not part of it: notes.txt" in text
-    assert "adapters/Bad Name: is not an adapter name" in text and "objects/ab/junk" in text
-    assert len(store.verify("sql")) == 1 and store.verify("absent")[0].where == "absent"
+    assert "adapters/Bad Name: is not an adapter name" in text
+    assert "objects/ab/junk" in text
+    assert len(store.verify("sql")) == 1
+    assert store.verify("absent")[0].where == "absent"
 
 
 def test_no_heavy_imports() -> None:
@@ -299,4 +318,5 @@ def test_no_heavy_imports() -> None:
 def test_card_bytes_on_disk_are_the_canonical_ones(store: Store) -> None:
     ref = store.put("sql", lora_files(), Card())
     data = (store.folder(ref) / "card.json").read_bytes()
-    assert data == store.card(ref).to_bytes() and list(json.loads(data)) == sorted(json.loads(data))
+    assert data == store.card(ref).to_bytes()
+    assert list(json.loads(data)) == sorted(json.loads(data))

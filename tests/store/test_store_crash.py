@@ -135,7 +135,8 @@ def test_full_disk_says_how_much(tmp_path: Path) -> None:
 
     with pytest.raises(StoreFull, match=r"about \d{3,4} bytes are needed, \d+ are free") as caught:
         Store(tmp_path / "store", fs=Full()).put("sql", lora_files(), CARD)
-    assert caught.value.hint and not list((tmp_path / "store" / "tmp").iterdir())
+    assert caught.value.hint
+    assert not list((tmp_path / "store" / "tmp").iterdir())
 
 
 def test_a_failed_fsync_is_never_repeated(tmp_path: Path) -> None:

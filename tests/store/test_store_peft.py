@@ -38,7 +38,12 @@ LORA: dict[str, dict[str, Any]] = {
 def llama() -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=64
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=64,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
@@ -137,4 +142,5 @@ def test_the_scaling_is_that_of_peft() -> None:
     modules = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
     assert len(modules) == 4
     for name, module in modules.items():
-        assert spec.rank_of(name) == module.r["default"] and spec.scaling(name) == module.scaling["default"]
+        assert spec.rank_of(name) == module.r["default"]
+        assert spec.scaling(name) == module.scaling["default"]

@@ -59,7 +59,8 @@ def test_readers_see_old_or_new_while_an_alias_moves_and_versions_go(tmp_path: P
     done.set()
     for reader in readers:
         reader.join()
-    assert seen and set(seen) <= digests
+    assert seen
+    assert set(seen) <= digests
     assert_store_sound(store.path)
 
 
@@ -99,4 +100,5 @@ def test_old_leftovers_are_swept_and_young_ones_kept(tmp_path: Path) -> None:
         (folder / "x").write_text("x")
     os.utime(old, (0, 0))
     store.put("sql", lora_files(), Card())
-    assert not old.exists() and young.exists()
+    assert not old.exists()
+    assert young.exists()

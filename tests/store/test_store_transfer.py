@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from adapterhub_lite.errors import AdapterHubError, AdapterMismatch, FormatError, NotFound, StoreCorrupt, StoreError, UnsafeFile
+from adapterhub_lite.errors import (
+    AdapterHubError,
+    AdapterMismatch,
+    FormatError,
+    NotFound,
+    StoreCorrupt,
+    StoreError,
+    UnsafeFile,
+)
 from adapterhub_lite.formats.card import Card
 from adapterhub_lite.formats.specs import LoraSpec
 from adapterhub_lite.store import Store
@@ -38,7 +46,8 @@ def test_put_export_import_keeps_the_weights(store: Store, tmp_path: Path) -> No
     assert sorted(item.name for item in folder.iterdir()) == [CONFIG, WEIGHTS, "card.json"]
     second = store.import_(folder, "again")
     one, two = (store.manifest(ref).files for ref in (first, second))
-    assert one[WEIGHTS] == two[WEIGHTS] and one[CONFIG] == two[CONFIG]
+    assert one[WEIGHTS] == two[WEIGHTS]
+    assert one[CONFIG] == two[CONFIG]
     assert sorted(item.name for item in (tmp_path / "deep").iterdir()) == ["out"]
     assert_store_sound(store.path)
 
@@ -49,7 +58,8 @@ def test_import_says_where_it_came_from(store: Store, peft_folder: Path) -> None
     ref = store.import_(peft_folder, "sql", {"revision": "abc", "fingerprint": {"digest": "d"}})
     card = store.card(ref)
     assert card.base == {"name": "tiny", "revision": "abc", "fingerprint": {"digest": "d"}}
-    assert card.origin["kind"] == "imported" and card.origin["folder"] == "foreign"
+    assert card.origin["kind"] == "imported"
+    assert card.origin["folder"] == "foreign"
     assert card.origin["ignored"] == ["README.md", "adapter_model.bin", "run.py", "tokenizer_config.json"]
     assert set(card.origin["files"]) == {CONFIG, WEIGHTS}
     assert sorted(item.name for item in store.folder(ref).iterdir()) == [CONFIG, WEIGHTS, "card.json", "manifest.json"]
@@ -60,9 +70,11 @@ def test_import_rewrites_the_configuration(store: Store, peft_folder: Path) -> N
     (peft_folder / CONFIG).write_bytes(lora_config(**foreign))
     ref = store.import_(peft_folder, "sql")
     text = (store.folder(ref) / CONFIG).read_text()
-    assert "auto_mapping" not in text and ".*q_proj" not in text
+    assert "auto_mapping" not in text
+    assert ".*q_proj" not in text
     spec = store.spec(ref)
-    assert isinstance(spec, LoraSpec) and spec.target_modules[0] == "model.layers.0.self_attn.q_proj"
+    assert isinstance(spec, LoraSpec)
+    assert spec.target_modules[0] == "model.layers.0.self_attn.q_proj"
 
 
 def link(folder: Path, name: str) -> None:
@@ -84,7 +96,7 @@ def fifo(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change,error,words",
+    ("change", "error", "words"),
     [
         (lambda folder: link(folder, CONFIG), UnsafeFile, "symbolic link.*cp -L"),
         (lambda folder: link(folder, WEIGHTS), UnsafeFile, "symbolic link"),
@@ -114,7 +126,8 @@ def test_export_into_an_empty_folder_only(store: Store, tmp_path: Path) -> None:
     ref = store.put("sql", lora_files(), Card())
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert store.export(ref, empty) == empty and (empty / WEIGHTS).is_file()
+    assert store.export(ref, empty) == empty
+    assert (empty / WEIGHTS).is_file()
     assert (empty / WEIGHTS).stat().st_mode & 0o200  # the user's own copy, unlike the store's files
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for target, words in (

@@ -1,0 +1,148 @@
+"""Bake a stored adapter into a standalone checkpoint, verified against base + adapter before it appears."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import read_adapter
+from ..bases.inputs import pad_rows
+from ..bases.load import Base, load_base
+from ..bases.quiet import quiet
+from ..errors import MergeFailed, Unsupported
+from ..evaluation.effect import PROBES
+from ..events import Listener, Stage, ignore
+from ..formats.card import Card
+from ..merging.checkpoint import Checkpoint
+from ..merging.merge import staged_merge, write_report
+from ..merging.plan import plan_merge
+from ..merging.report import MergeReport, Thresholds, compare_logits
+from ..names import Ref
+from ..runtime.runtime import Runtime
+from ..store import Store
+from ..tasks.classify import Classify
+from ..tasks.registry import make_task
+from .data import split_rows
+
+_PROBE_ROWS = 24
+_PROBE_TOKENS = 256
+
+
+def merge(
+    ref: str | Ref,
+    out: str | Path,
+    *,
+    store: Store | None = None,
+    base: Base | None = None,
+    bake: str = "auto",
+    dtype: str = "auto",
+    thresholds: Thresholds | None = None,
+    on_event: Listener = ignore,
+) -> MergeReport:
+    """Merge an adapter into its base and write a checkpoint that plain transformers loads.
+
+    The result is loaded with plain transformers and compared with base + adapter on rows of the version's own test data
+    (fixed texts where the data is not at hand). Only then does `out` appear, with merge_report.json in it.
+
+    Args:
+        base: the adapter's base, if it is loaded already.
+        bake: dequantised (the weights that the quantised base computed with), original (the checkpoint's), or auto.
+        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
+
+    Raises:
+        MergeFailed: the result is further from base + adapter than `thresholds`; nothing is left.
+        BaseMismatch, AdapterMismatch, Unsupported: why it cannot be merged.
+    """
+    store = store if store is not None else Store()
+    started = time.perf_counter()
+    resolved = store.resolve(ref)
+    card = store.card(resolved)
+    base = base or _own_base(card, on_event)
+    runtime = Runtime(base, store, slots=1, on_event=on_event)
+    try:
+        runtime.load(resolved)
+        folder = store.verified_folder(resolved)
+        adapter = read_adapter(folder, name=str(resolved), digest=resolved.digest or "", card=card)
+        task = runtime.task(resolved)
+        labels = task.labels if isinstance(task, Classify) else None
+        checkpoint = Checkpoint.open(base.source.folder)
+        on_event(Stage(f"merging {resolved} into {base.name}"))
+        with quiet():
+            trained_on = card.base.get("quantization") or base.quantization
+            plan = plan_merge(adapter, checkpoint, quantization=trained_on, bake=bake, dtype=dtype, labels=labels)
+        with staged_merge(plan, base.source.folder, Path(out), on_event=on_event) as staged:
+            on_event(Stage("verifying the merged checkpoint with plain transformers"))
+            rows = probe_rows(base, card)
+            expected = runtime.logits(rows, resolved, _decoder_rows(base, rows))
+            with quiet():
+                merged = plain_logits(staged, base, rows, adapter.spec.task_type)
+            report = MergeReport(
+                adapter=str(resolved),
+                digest=resolved.digest or "",
+                base=base.name,
+                out=str(Path(out).expanduser().absolute()),
+                bake=plan.bake,
+                quantization=plan.quantization,
+                dtype=plan.dtype,
+                changed_tensors=len(plan.changed),
+                tensors=sum(map(len, plan.shards.values())),
+                bytes=plan.nbytes,
+                seconds=round(time.perf_counter() - started, 3),
+                difference=compare_logits(expected, merged),
+                thresholds=thresholds or Thresholds(),
+            )
+            if not report.passed:
+                raise MergeFailed(
+                    f"The merged model differs too much from base + adapter. {report.lines()[1]}.",
+                    "Nothing was written. Try bake=dequantised or dtype=float32, or loosen the thresholds.",
+                )
+            write_report(staged, report.to_dict())
+    finally:
+        runtime.close()
+    return report
+
+
+def probe_rows(base: Base, card: Card) -> list[list[int]]:
+    """Token ids to compare on: questions of the version's own test data, or fixed texts."""
+    rows = split_rows(card, "test")
+    if rows is None or not card.task.get("type"):
+        return [list(base.tokenizer(text)["input_ids"])[:_PROBE_TOKENS] for text in PROBES]
+    task = make_task(card.task)
+    texts = task.inputs(rows)[:_PROBE_ROWS]
+    return [task.encode(text, base.tokenizer, base.kind, _PROBE_TOKENS)[:_PROBE_TOKENS] for text in texts]
+
+
+def plain_logits(folder: Path, base: Base, rows: list[list[int]], task_type: str | None) -> list[torch.Tensor]:
+    """Logits of a checkpoint folder by plain transformers, in the base's dtype: [tokens, vocabulary] or [labels] a row."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    classifies = task_type == "SEQ_CLS"
+    kind: Any = AutoModelForSeq2SeqLM if base.kind == "seq2seq" else AutoModelForCausalLM
+    loader: Any = AutoModelForSequenceClassification if classifies else kind
+    model = loader.from_pretrained(folder, dtype=base.dtype, use_safetensors=True, local_files_only=True)
+    model = model.to(base.device).eval()
+    if classifies and model.config.pad_token_id is None:
+        model.config.pad_token_id = base.pad_id
+    ids, mask = (t.to(base.device) for t in pad_rows(rows, base.pad_id, left=False))
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    given = rows
+    if base.kind == "seq2seq" and not classifies:
+        given = [[base.config.decoder_start_token_id, *r] for r in _decoder_rows(base, rows) or []]
+        arguments["decoder_input_ids"] = pad_rows(given, base.pad_id, left=False)[0].to(base.device)
+    with torch.inference_mode():
+        logits = model(**arguments).logits
+    return list(logits) if classifies else [logits[i, : len(row)] for i, row in enumerate(given)]
+
+
+def _decoder_rows(base: Base, rows: list[list[int]]) -> list[list[int]] | None:
+    return [row[:16] for row in rows] if base.kind == "seq2seq" else None
+
+
+def _own_base(card: Card, on_event: Listener) -> Base:
+    name = card.base.get("name")
+    if not name:
+        raise Unsupported("This adapter does not say which base it was made for.", "Pass the base to merge into.")
+    return load_base(name, card.base.get("quantization") or "none", on_event=on_event)

@@ -1,0 +1,35 @@
+"""The base that a stored adapter was made for, loaded."""
+
+from __future__ import annotations
+
+from ..bases.catalog import CATALOG
+from ..bases.load import Base, load_base
+from ..errors import Unsupported
+from ..events import Listener, ignore
+from ..formats.card import Card
+
+
+def base_name(card: Card) -> str | None:
+    """What to load the adapter's base by: a catalogue name where there is one, which also works offline."""
+    name = card.base.get("name")
+    return next((entry.name for entry in CATALOG.values() if entry.hub_id == name), name)
+
+
+def load_own_base(
+    card: Card,
+    *,
+    name: str | None = None,
+    quantize: str | None = None,
+    device: str = "auto",
+    on_event: Listener = ignore,
+) -> Base:
+    """Load the base a card names, in the quantisation it was trained on; `name` and `quantize` decide otherwise.
+
+    Raises:
+        Unsupported: the card names no base.
+        BaseUnavailable, NotFound: it cannot be found.
+    """
+    chosen = name or base_name(card)
+    if not chosen:
+        raise Unsupported("This adapter does not say which base it was made for.", "Name it: --base NAME.")
+    return load_base(chosen, quantize or card.base.get("quantization") or "none", device, on_event=on_event)
