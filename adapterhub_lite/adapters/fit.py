@@ -65,6 +65,14 @@ class Fitted:
         head = sum(p.nbytes for p in self.head.parameters()) if self.head is not None else 0
         return head + sum(s.nbytes for s in self.sites.values()) + (self.prefix.nbytes if self.prefix else 0)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every value is a number: scaling, or a narrower dtype, can make infinity of a large one."""
+        found = [t for s in self.sites.values() for t in (s.down, s.up, s.gain, s.bias) if t is not None]
+        found += [self.prefix.keys, self.prefix.values] if self.prefix else []
+        found += list(self.head.parameters()) if self.head is not None else []
+        return all(bool(torch.isfinite(t).all()) for t in found)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Fitted:
         """The same adapter on `device` in `dtype`."""
         return Fitted(

@@ -78,13 +78,16 @@ def weights_digest(folder: Path, memo: Path | None = None) -> str:
     """sha256 over the sorted lines `name dtype shape sha256(bytes)` of all tensors of a checkpoint folder."""
     known = _read_memo(memo)
     lines: list[str] = []
+    new = False
     for path in weight_files(folder):
         stat = path.stat()
         key = f"{os.path.realpath(path)}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in known:
             known[key] = _tensor_lines(path)
+            new = True
         lines += known[key]
-    _write_memo(memo, known)
+    if new:
+        _write_memo(memo, {key: value for key, value in known.items() if os.path.exists(key.rsplit(":", 3)[0])})
     return _digest_of(*sorted(lines))
 
 

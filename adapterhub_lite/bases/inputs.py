@@ -81,7 +81,7 @@ def encoder_inputs(ids: torch.Tensor, mask: torch.Tensor, prefix: PrefixRows | N
         return {"input_ids": ids, "attention_mask": mask}
     offset = _position_offset(config)
     if offset is None:
-        positions = prefix.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)[None, :]
+        positions = (prefix.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)[None, :]) * mask
     else:  # RoBERTa counts real tokens from padding_idx + 1 and gives pads padding_idx
         positions = (mask.cumsum(1) + prefix.lengths[:, None]) * mask + offset
     limit = getattr(config, "max_position_embeddings", None)

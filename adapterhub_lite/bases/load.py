@@ -149,11 +149,12 @@ def _load(folder: Path, kind: str, quantize: str, choices: dict[str, Choice]) ->
     }
     dtype = DTYPES[choices["dtype"].value]
     skip = [*HEAD_NAMES, "lm_head", "embed_out"]
+    quantized = quantization_config(quantize, dtype, skip)
     try:
         model, info = classes[kind].from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=quantization_config(quantize, dtype, skip),
+            quantization_config=quantized,
             device_map={"": choices["device"].value},
             use_safetensors=True,
             trust_remote_code=False,

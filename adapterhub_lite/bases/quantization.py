@@ -73,7 +73,7 @@ def _dequantize(module: Any, dtype: torch.dtype) -> torch.Tensor:
         return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     scale = weight.SCB if weight.SCB is not None else module.state.SCB
     values = weight.CB if weight.CB is not None else weight.data
-    return (values.float() * (scale.float() / 127.0)[:, None]).to(dtype)
+    return bnb.int8_vectorwise_dequant(values, scale).to(dtype)
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -124,4 +124,4 @@ def quantized_round_trip(weight: torch.Tensor, quantize: str) -> torch.Tensor:
         packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
         return bnb.dequantize_4bit(packed, state).to(weight.dtype)
     values, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
-    return (values.float() * (scale.float() / 127.0)[:, None]).to(weight.dtype)
+    return bnb.int8_vectorwise_dequant(values, scale).to(weight.dtype)

@@ -8,7 +8,7 @@ from ..adapters.adapter import Adapter, read_adapter
 from ..adapters.fit import Fitted, Target, fit
 from ..bases.load import Base
 from ..bases.quantization import dense_weight
-from ..errors import BaseMismatch
+from ..errors import AdapterMismatch, BaseMismatch
 from ..names import Ref
 from ..store import Store
 
@@ -25,7 +25,13 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
     Raises:
         AdapterMismatch: it does not fit exactly.
     """
-    return fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype)
+    fitted = fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype)
+    if not fitted.finite:  # zero times infinity would reach the other rows of a batch
+        raise AdapterMismatch(
+            f"{adapter.name}: its scale makes infinity of its tensors in {base.choices['dtype'].value}.",
+            "Load the base in float32, or do not use it: the training diverged.",
+        )
+    return fitted
 
 
 def admit(store: Store, ref: Ref, base: Base) -> tuple[Fitted, str]:

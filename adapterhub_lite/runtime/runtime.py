@@ -194,6 +194,7 @@ class Runtime:
             ids = self._raw_ids(prompt) if raw else self._question_ids(prompt, row)
         text = TextStream(self.base.tokenizer, stop)
         with self._lock, self._plan([row]) as plan:
+            self._check_lengths(plan, [ids], max_new_tokens)
             for pairs in decode(self.base, self._hooks, plan, [ids], Sampler(sampling or Sampling(), [0]), max_new_tokens):
                 for _, token in pairs:
                     if piece := text.push(token):
@@ -213,7 +214,6 @@ class Runtime:
     ) -> list[str]:
         """`generate` for prompts that are token ids already."""
         rows = self._rows(adapters, len(prompts))
-        self._check_lengths(prompts, max_new_tokens)
         texts = [TextStream(self.base.tokenizer, stop) for _ in prompts]
         answers = ["" for _ in prompts]
         with self._lock:
@@ -221,6 +221,7 @@ class Runtime:
                 with self._plan([rows[i] for i in part]) as plan:
                     sampler = Sampler(sampling or Sampling(), part)
                     some = [prompts[i] for i in part]
+                    self._check_lengths(plan, some, max_new_tokens)
                     for pairs in decode(self.base, self._hooks, plan, some, sampler, max_new_tokens):
                         for row, token in pairs:
                             if not texts[part[row]].done:
@@ -263,6 +264,7 @@ class Runtime:
         """Raw logits for token ids: [tokens, vocabulary] a row, or [labels] for adapters with a head."""
         chosen = self._rows(adapters, len(rows))
         with self._lock, self._plan(chosen) as plan:
+            self._check_lengths(plan, rows, 0)
             if plan.rows and all(r is not None and r.head is not None for r in plan.rows):
                 return list(class_logits(self.base, self._hooks, plan, rows))
             return token_logits(self.base, self._hooks, plan, rows, decoder_rows)
@@ -395,6 +397,7 @@ class Runtime:
         for part in self._parts(ids, rows):
             with self._plan([rows[i] for i in part]) as plan:
                 some = [ids[i] for i in part]
+                self._check_lengths(plan, some, max(len(w) for i in part for w in words[id(tasks[i])]))
                 logits = label_word_logits(self.base, self._hooks, plan, some, [words[id(tasks[i])] for i in part])
                 made |= {i: from_logits(one, tasks[i].labels) for i, one in zip(part, logits, strict=True)}
         return [made[i] for i in range(len(texts))]
@@ -419,12 +422,16 @@ class Runtime:
             return int(limit) - int(self.base.config.pad_token_id) - 1
         return limit if self.base.kind != "seq2seq" else None
 
-    def _check_lengths(self, prompts: Sequence[list[int]], new_tokens: int) -> None:
+    def _check_lengths(self, plan: BatchPlan, prompts: Sequence[list[int]], new_tokens: int) -> None:
         limit = self._position_limit()
-        longest = max(map(len, prompts), default=0)
-        if limit is not None and longest + new_tokens > limit:
-            raise CapacityError(
-                f"{longest} prompt tokens + {new_tokens} new ones exceed this base's {limit} positions.",
-                "Shorten the prompt or lower max_new_tokens.",
-            )
+        if not all(prompts):
+            raise Unsupported("An empty prompt has no tokens.", "Give at least one character.")
+        for row, prompt in zip(plan.rows, prompts, strict=True):
+            virtual = row.prefix.tokens if row and row.prefix else 0
+            if limit is not None and len(prompt) + virtual + new_tokens > limit:
+                before = f"{len(prompt)} prompt tokens" + (f" + {virtual} of the prefix" if virtual else "")
+                raise CapacityError(
+                    f"{before} + {new_tokens} new ones exceed this base's {limit} positions.",
+                    "Shorten the prompt or lower max_new_tokens.",
+                )
 

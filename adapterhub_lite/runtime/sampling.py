@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, row_ids: list[int]) -> None:
         self.sampling = sampling
-        seed = torch.seed() % 2**31 if sampling.seed is None else sampling.seed
+        seed = secrets.randbits(31) if sampling.seed is None else sampling.seed
         self._generators = [torch.Generator().manual_seed(seed + i) for i in row_ids]
 
     def select(self, keep: list[int]) -> None:

@@ -149,8 +149,15 @@ def _entries_of(layout: Layout, name: str) -> Iterable[Entry]:
 
 
 def _summary(card: Card) -> dict[str, Any]:
-    base, task = card.base.get("name"), card.task.get("name")
-    return {**card.adapter, "base": base, "task": task, "origin": card.origin.get("kind"), "metrics": card.metrics}
+    return {
+        **card.adapter,
+        "base": card.base.get("name"),
+        "quantization": card.base.get("quantization"),
+        "task": card.task.get("type"),
+        "measured_by": card.task.get("metrics") or [],
+        "origin": card.origin.get("kind"),
+        "metrics": card.metrics,
+    }
 
 
 def _numbers(layout: Layout, name: str) -> tuple[set[int], set[int]]:

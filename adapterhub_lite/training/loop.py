@@ -85,6 +85,7 @@ def evaluate_loss(
     """Mean loss per supervised item, and accuracy where the objective counts hits; dropout off."""
     order = sorted(range(len(examples)), key=lambda i: example_length(examples[i]))
     adapter.train(False)
+    objective.train(False)
     total, count, hits = 0.0, 0, 0
     try:
         with torch.no_grad():
@@ -93,6 +94,7 @@ def evaluate_loss(
                 total, count, hits = total + float(found.total), count + found.count, hits + found.hits
     finally:
         adapter.train(True)
+        objective.train(True)
     return {"loss": total / count, **({"accuracy": hits / count} if hits else {})}
 
 

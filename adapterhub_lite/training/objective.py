@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,18 @@ class BatchLoss:
     hits: int = 0
 
 
-Objective = Callable[[Trainable, Sequence[Example]], BatchLoss]
+class Objective(Protocol):
+    """A loss of batches; `train` switches the dropout of the base and of the head."""
+
+    chunked: bool
+
+    def __call__(self, adapter: Trainable, batch: Sequence[Example]) -> BatchLoss:
+        """The loss of one batch, differentiable."""
+        ...
+
+    def train(self, mode: bool) -> None:
+        """Dropout on or off."""
+        ...
 
 
 def make_objective(base: Base, head: nn.Module | None, adapts_output: bool) -> Objective:
@@ -61,8 +72,12 @@ class _LanguageModel:
             total = frozen_head_cross_entropy(hidden, self._head.weight, self._head.bias, wanted)
         else:
             logits = self._base.model(**arguments).logits[keep]
-            total = F.cross_entropy(logits.float(), wanted, reduction="sum")
+            total = _cross_entropy(logits, wanted)
         return BatchLoss(total, int(keep.sum()), tokens)
+
+    def train(self, mode: bool) -> None:
+        """Dropout of the base."""
+        self._base.model.train(mode)
 
     def _inputs(self, adapter: Trainable, batch: Sequence[Example]) -> tuple[dict[str, Any], torch.Tensor, int]:
         base = self._base
@@ -88,6 +103,11 @@ class _Classification:
         self._head = head
         self.chunked = False
 
+    def train(self, mode: bool) -> None:
+        """Dropout of the base and of the head."""
+        self._base.view("SEQ_CLS").model.train(mode)
+        self._head.train(mode)
+
     def __call__(self, adapter: Trainable, batch: Sequence[Example]) -> BatchLoss:
         base = self._base
         view = base.view("SEQ_CLS")
@@ -100,7 +120,12 @@ class _Classification:
         finally:
             view.head.assign([])
         hits = int((logits.argmax(-1) == wanted).sum())
-        return BatchLoss(F.cross_entropy(logits.float(), wanted, reduction="sum"), len(batch), int(mask.sum()), hits)
+        return BatchLoss(_cross_entropy(logits, wanted), len(batch), int(mask.sum()), hits)
+
+
+def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Summed over rows, in float32 at least."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="sum")
 
 
 def _hidden_states(base: Base, arguments: dict[str, Any]) -> torch.Tensor:

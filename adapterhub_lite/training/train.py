@@ -66,11 +66,11 @@ def train_adapter(
         parameters = [*adapter.parameters(), *(head.parameters() if head else ())]
         try:
             # An encoder trains with its own dropout, as its makers and PEFT with Trainer do.
-            base.view("SEQ_CLS" if base.kind == "encoder" else None).model.train()
+            objective.train(True)
             with adapter.attached():
                 history = run_loop(recipe.training, adapter, parameters, objective, train, validation, on_event)
         finally:
-            base.view("SEQ_CLS" if base.kind == "encoder" else None).model.eval()
+            objective.train(False)
     tensors = {k: v.clone() for k, v in adapter.tensors().items()}
     if head is not None:
         name = base.view("SEQ_CLS").head_name

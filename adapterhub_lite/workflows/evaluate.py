@@ -22,7 +22,7 @@ from .own_base import load_own_base
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationReport:
     """Metrics in 0..1 of a version, and of its bare base where that can do the task at all."""
 
     ref: str
@@ -47,7 +47,7 @@ def evaluate(
     split: str = "test",
     compare: bool = True,
     on_event: Listener = ignore,
-) -> Evaluated:
+) -> EvaluationReport:
     """Let a stored version answer the rows of one split and measure the answers by the metrics of its task.
 
     Args:
@@ -77,7 +77,7 @@ def evaluate(
                 bare = measure(runtime, task, rows, None, on_event, "measuring the base alone").metrics
     finally:
         runtime.close()
-    return Evaluated(str(resolved), own.metrics, bare, task.primary_metric, len(rows), rows.source, rows.sha256)
+    return EvaluationReport(str(resolved), own.metrics, bare, task.primary_metric, len(rows), rows.source, rows.sha256)
 
 
 def _recorded_rows(ref: Ref, card: Card, split: str) -> Rows:

@@ -1,0 +1,5 @@
+"""`python -m adapterhub_lite.cli`."""
+
+from .main import main
+
+main()

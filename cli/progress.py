@@ -1,0 +1,138 @@
+"""Progress on stderr: a live display on a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from ..events import Evaluated, Event, Listener, Note, Progress, Stage, Step
+from .render import metrics, printable, remark, seconds, size
+
+_SMOOTHING = 0.9
+_SHARE = 0.1
+_PATIENCE = 10.0
+
+
+@contextmanager
+def reporting(*, terse: bool = False) -> Iterator[Listener]:
+    """A listener that shows what it hears.
+
+    Args:
+        terse: for commands whose answer is what counts: nothing remains of it but warnings.
+    """
+    if _is_live():
+        from .live import LiveReport
+
+        with LiveReport(terse) as live:
+            yield live
+    else:
+        yield PlainReport(terse)
+
+
+def _is_live() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "")
+
+
+class Smoothed:
+    """A running mean of the loss that starts unbiased."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def push(self, value: float) -> float:
+        """Add a value; returns the mean."""
+        self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
+        self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
+        return self._sum / self._weight
+
+
+def step_facts(step: Step, loss: float, evaluated: Mapping[str, float]) -> list[str]:
+    """What to say of a training step, the most important first."""
+    facts = [
+        f"loss {loss:.3f}",
+        f"eta {seconds(step.eta)}",
+        f"{step.tokens_per_second:,.0f} tokens/s",
+        f"lr {step.learning_rate:.1e}",
+        f"epoch {step.epoch:.1f}",
+    ]
+    return [*facts, metrics(evaluated)] if evaluated else facts
+
+
+def amount(event: Progress) -> str:
+    """`3 of 12 rows`, `4.0 MB of 92.9 MB`."""
+    show = size if event.unit == "B" else "{:,}".format
+    unit = "" if event.unit == "B" else f" {event.unit}"
+    return f"{show(event.done)} of {show(event.total)}{unit}" if event.total else f"{show(event.done)}{unit}"
+
+
+def evaluated_line(event: Evaluated) -> str:
+    """`validation: loss 0.123 (step 100)`."""
+    return f"{event.split}: {metrics(event.metrics)} (step {event.step})"
+
+
+def note_line(event: Note) -> str:
+    """The note, marked where it is a warning."""
+    return printable(f"warning: {event.text}" if event.level == "warning" else event.text)
+
+
+class PlainReport:
+    """One line each tenth of the way, and now and then between: ever more rarely, so that a long run stays readable."""
+
+    def __init__(self, terse: bool = False) -> None:
+        self._terse = terse
+        self._smoothed = Smoothed()
+        self._evaluated: Mapping[str, float] = {}
+        self._title = ""
+        self._share = 0.0
+        self._said_at = time.monotonic()
+        self._patience = _PATIENCE
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Note):
+            if event.level == "warning" or not self._terse:
+                remark(note_line(event))
+        elif self._terse:
+            return
+        elif isinstance(event, Stage):
+            remark(printable(event.title))
+        elif isinstance(event, Evaluated):
+            self._evaluated = event.metrics
+            remark(f"  {evaluated_line(event)}")
+        elif isinstance(event, Step):
+            self._step(event)
+        elif isinstance(event, Progress):
+            self._progress(event)
+
+    def _step(self, event: Step) -> None:
+        loss = self._smoothed.push(event.loss)
+        if self._is_due("training", event.step / event.total):
+            remark(f"  step {event.step}/{event.total}: {', '.join(step_facts(event, loss, self._evaluated))}")
+
+    def _progress(self, event: Progress) -> None:
+        if event.title != self._title:
+            self._begin(event.title)  # said only when it takes long
+        elif time.monotonic() - self._said_at >= self._patience:
+            self._wait_longer()
+            remark(f"  {printable(event.title)}: {amount(event)}")
+
+    def _is_due(self, title: str, share: float) -> bool:
+        if title != self._title:
+            self._begin(title)
+        if share - self._share >= _SHARE or share >= 1.0:
+            self._share, self._said_at = share, time.monotonic()
+            return True
+        if time.monotonic() - self._said_at >= self._patience:
+            self._wait_longer()
+            return True
+        return False
+
+    def _begin(self, title: str) -> None:
+        self._title, self._share, self._patience, self._said_at = title, 0.0, _PATIENCE, time.monotonic()
+
+    def _wait_longer(self) -> None:
+        self._said_at = time.monotonic()
+        self._patience *= 1.5

@@ -1,0 +1,123 @@
+"""`ahl show REF`: one version, readably."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .render import age, emit, fields, metrics, printable, say, seconds, size, sparkline
+
+if TYPE_CHECKING:
+    from ..formats.card import Card
+    from ..store import Manifest, Store
+
+_ORDER = ("name", "base", "quantize", "task", "data", "adapter", "training")
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*")
+_SHAPE = ("rank", "alpha", "tokens", "tensors", "parameters")
+
+
+def show_adapter(ref: str, store: Path | None = None, as_json: bool = False) -> None:
+    """Print the card and the files of one version."""
+    from ..store import Store
+
+    opened = Store(store)
+    found = opened.resolve(ref)
+    card, manifest = opened.card(found), opened.manifest(found)
+    name = f"{found.name}@{found.version}"
+    aliases = [alias for alias, version in opened.aliases(found.name).items() if version == found.version]
+    folder = opened.folder(found)
+    if as_json:
+        files = {file: asdict(fact) for file, fact in manifest.files.items()}
+        about = {"ref": name, "digest": found.digest, "aliases": aliases, "path": str(folder)}
+        emit({**about, "files": files, "card": asdict(card)})
+        return
+    say(_headline(name, aliases, card), "", *fields(_facts(card, str(found.digest), folder)))
+    say(*_section("recipe", _recipe_lines(card.recipe)), *_section("files", _file_lines(manifest)))
+    say("", *_next(opened, name, card))
+
+
+def _headline(name: str, aliases: list[str], card: Card) -> str:
+    also = f" ({', '.join(aliases)})" if aliases else ""
+    kind = card.adapter.get("type") or "adapter"
+    return printable(f"{name}{also}: {kind}, {card.origin.get('kind') or 'made'} {age(card.created)} ({card.created})")
+
+
+def _facts(card: Card, digest: str, folder: Path) -> list[tuple[str, object]]:
+    losses = [value for value in card.origin.get("losses") or () if isinstance(value, int | float)]
+    return [
+        ("base", _base(card)),
+        ("task", card.task.get("type")),
+        ("adapter", _adapter(card)),
+        *((f"{split} metrics", metrics(found)) for split, found in card.metrics.items()),
+        ("effect", _effect(card)),
+        ("loss", f"{sparkline(losses)} {losses[0]:.3f} -> {losses[-1]:.3f}, {len(losses)} steps" if losses else ""),
+        ("took", seconds(card.duration_seconds) if card.duration_seconds is not None else ""),
+        *((f"{split} data", _data(told)) for split, told in card.data.items()),
+        ("seed", card.seed),
+        ("made from", ", ".join(card.parents)),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in card.libraries.items())),
+        ("digest", digest),
+        ("path", folder),
+    ]
+
+
+def _base(card: Card) -> str:
+    base = card.base
+    mark = (base.get("fingerprint") or {}).get("digest") or ""
+    parts = [base.get("quantization"), base.get("dtype"), f"fingerprint {mark[:12]}" if mark else "fingerprint unknown"]
+    return f"{base.get('name') or 'unknown'} ({', '.join(str(part) for part in parts if part)})"
+
+
+def _adapter(card: Card) -> str:
+    shape = ", ".join(
+        f"{key} {card.adapter[key]:,}" for key in _SHAPE if isinstance(card.adapter.get(key), int | float)
+    )
+    return ", ".join(part for part in (shape, size(card.adapter.get("bytes"))) if part)
+
+
+def _effect(card: Card) -> str:
+    moved = card.effect.get("max_logit_change")
+    return f"moves logits by up to {moved:.3g}" if isinstance(moved, int | float) else ""
+
+
+def _data(told: Any) -> str:
+    if not isinstance(told, dict):
+        return ""
+    return f"{told.get('source')}, {told.get('rows')} rows, sha256 {str(told.get('sha256'))[:12]}"
+
+
+def _recipe_lines(recipe: dict[str, Any] | None) -> list[str]:
+    """The recipe as YAML, a section a line, without what was left open."""
+    if not recipe:
+        return []
+    return [f"{key}: {_flow(recipe[key])}" for key in sorted(recipe, key=_place) if recipe[key] is not None]
+
+
+def _place(key: str) -> tuple[int, str]:
+    return (_ORDER.index(key) if key in _ORDER else len(_ORDER), key)
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        keys = sorted((k for k, v in value.items() if v not in (None, {}, [])), key=lambda key: (key != "type", key))
+        return "{" + ", ".join(f"{key}: {_flow(value[key])}" for key in keys) + "}"
+    if isinstance(value, str) and _PLAIN.fullmatch(value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _file_lines(manifest: Manifest) -> list[str]:
+    return [f"{fact.sha256[:12]}  {size(fact.size):>8}  {name}" for name, fact in sorted(manifest.files.items())]
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    return ["", f"{title}:", *(f"  {printable(line)}" for line in lines)] if lines else []
+
+
+def _next(store: Store, name: str, card: Card) -> list[str]:
+    if card.task.get("type"):
+        return [f"Measure it again with `ahl eval {name}`, try it with `ahl run --adapter {name} PROMPT`."]
+    return [f"Try it with `ahl run --adapter {name} PROMPT`."]
