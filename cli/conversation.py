@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterHubError, Unsupported
@@ -48,8 +49,8 @@ class Conversation:
         """Read lines and answer them until the end of the input or /quit."""
         is_terminal = sys.stdin.isatty()
         if is_terminal:
-            import readline  # noqa: F401  # input() then edits lines and remembers them
-
+            with suppress(ImportError):
+                import readline  # noqa: F401  # input() then edits lines and remembers them
             remark(f"{self._runtime.base.name}, {self._runtime.default or 'no adapter'}. /help lists the commands.")
         while True:
             try:

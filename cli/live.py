@@ -14,7 +14,8 @@ from ..events import Evaluated, Event, Note, Progress, Stage, Step
 from .progress import Smoothed, amount, evaluated_line, note_line, step_facts
 from .render import printable
 
-_TITLE_AND_BAR = 52
+_BAR = 20
+_AROUND = _BAR + 6  # spinner, bar and the gaps between
 
 
 class LiveReport:
@@ -26,7 +27,7 @@ class LiveReport:
         self._bars = Bars(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=_BAR),
             TextColumn("{task.fields[facts]}", markup=False),
             console=self._console,
             transient=True,
@@ -69,15 +70,15 @@ class LiveReport:
 
     def _step(self, event: Step) -> None:
         loss = self._smoothed.push(event.loss)
-        facts = step_facts(event, loss, self._evaluated)
-        self._drop("working")
-        self._update("training", event.step, event.total, self._fitting(f"{event.step}/{event.total}", facts))
+        count = f"{event.step}/{event.total}"
+        facts = self._fitting("training", count, step_facts(event, loss, self._evaluated))
+        self._update("training", event.step, event.total, facts)
         if event.step == event.total:
             self._line(f"  trained {event.total} steps: loss {loss:.3f}, {event.tokens_per_second:,.0f} tokens/s")
 
-    def _fitting(self, first: str, facts: list[str]) -> str:
+    def _fitting(self, title: str, first: str, facts: list[str]) -> str:
         """As many facts as the terminal has room for."""
-        room = self._console.width - _TITLE_AND_BAR
+        room = self._console.width - len(title) - _AROUND
         for fact in facts:
             if len(first) + len(fact) + 2 > room:
                 break
@@ -87,6 +88,8 @@ class LiveReport:
     def _update(self, title: str, done: int, total: int, facts: str) -> None:
         if total and done >= total:
             self._drop(title)
+            if not self._tasks:
+                self._update("working", 0, 0, "")
             return
         if title not in self._tasks:
             self._drop("working")
@@ -97,6 +100,7 @@ class LiveReport:
         task = self._tasks.pop(title, None)
         if task is not None:
             self._bars.remove_task(task)
+            self._bars.refresh()  # or the next printed line would show it once more
 
     def _line(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, style=style, soft_wrap=True)
+        self._console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)

@@ -10,7 +10,11 @@ _VERSION = (["--version"], ["-V"])
 
 def main() -> None:
     """Run `ahl` with the arguments of this process and exit with its code."""
-    sys.exit(answer(sys.argv[1:]))
+    try:
+        code = answer(sys.argv[1:])
+    except KeyboardInterrupt:  # before a command has begun
+        code = 130
+    sys.exit(code)
 
 
 def answer(arguments: list[str]) -> int:

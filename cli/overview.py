@@ -34,7 +34,7 @@ _HEAD = """usage: ahl COMMAND [OPTIONS]
 Train, store, swap, mix and merge adapters on one frozen, quantised base model.
 """
 _TAIL = """Options:
-  -h, --help            Show this text; `ahl COMMAND --help` shows a command with examples.
+  -h, --help            Show this text; `ahl COMMAND --help` shows examples.
   -V, --version         Show the version.
   --install-completion  Install completion for this shell.
   --show-completion     Print it, to install it yourself.

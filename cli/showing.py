@@ -67,7 +67,8 @@ def _facts(card: Card, digest: str, folder: Path) -> list[tuple[str, object]]:
 def _base(card: Card) -> str:
     base = card.base
     mark = (base.get("fingerprint") or {}).get("digest") or ""
-    parts = [base.get("quantization"), base.get("dtype"), f"fingerprint {mark[:12]}" if mark else "fingerprint unknown"]
+    quantized = base.get("quantization") if base.get("quantization") != "none" else ""
+    parts = [quantized, base.get("dtype"), f"fingerprint {mark[:12] or 'unknown'}"]
     return f"{base.get('name') or 'unknown'} ({', '.join(str(part) for part in parts if part)})"
 
 

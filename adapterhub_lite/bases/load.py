@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import BaseUnavailable, Unsupported
 from ..events import Listener, Note, Stage, ignore
+from .allocator import keep_freed_memory
 from .devices import DTYPES, Choice, choose_device, choose_dtype
 from .fetch import BaseSource, cache_root, locate
 from .fingerprint import Fingerprint, fingerprint, live_digest
@@ -106,6 +107,8 @@ def load_base(
     config = _checked_config(source.folder)
     kind = kind_of(config)
     on_event(Stage(f"loading {source.name} ({quantize if quantize != 'none' else choices['dtype'].value})"))
+    if choices["device"].value == "cpu":
+        keep_freed_memory()
     with quiet():
         model, tokenizer = _load(source.folder, kind, quantize, choices)
         model.requires_grad_(False).eval()

@@ -33,25 +33,29 @@ def from_logits(logits: torch.Tensor, labels: Sequence[str]) -> Prediction:
 def label_word_logits(
     base: Base, hooks: SiteHooks, plan: BatchPlan, prompts: Sequence[list[int]], words: Sequence[Sequence[list[int]]]
 ) -> list[torch.Tensor]:
-    """Log-probability of each label's word after each prompt, one tensor [labels] a row.
+    """How likely each label's word is after each prompt: one tensor [labels] a row, to take a softmax of.
 
-    The first token decides where a row's words all begin differently (one forward); otherwise whole words are scored.
+    The first token decides where a row's words all begin differently; otherwise the row's whole words are scored. Which of
+    the two is each row's own affair; one forward is enough where no row needs its whole words.
 
     Args:
         words: for each row, the token ids of its labels' words.
     """
-    if all(len({w[0] for w in row}) == len(row) for row in words):
+    whole = [len({w[0] for w in row}) < len(row) for row in words]
+    if not any(whole):
         logits = token_logits(base, hooks, plan, prompts)
         return [one[-1, [w[0] for w in row]].float() for one, row in zip(logits, words, strict=True)]
     columns = []
     for label in range(max(map(len, words))):
         chosen = [row[min(label, len(row) - 1)] for row in words]
         logits = token_logits(base, hooks, plan, [[*p, *w] for p, w in zip(prompts, chosen, strict=True)])
-        columns.append([_word_score(one, word) for one, word in zip(logits, chosen, strict=True)])
+        columns.append([_word_score(*each) for each in zip(logits, chosen, whole, strict=True)])
     return [torch.stack([column[i] for column in columns[: len(words[i])]]) for i in range(len(prompts))]
 
 
-def _word_score(logits: torch.Tensor, word: list[int]) -> torch.Tensor:
-    """Sum of log-probabilities of `word`, the last tokens of the sequence that gave `logits`."""
+def _word_score(logits: torch.Tensor, word: list[int], whole: bool) -> torch.Tensor:
+    """Sum of log-probabilities of `word`, the last tokens of the sequence that gave `logits`; or its first token's logit."""
+    if not whole:
+        return logits[-len(word) - 1, word[0]].float()
     steps = logits[-len(word) - 1 : -1].float().log_softmax(-1)
     return steps.gather(1, torch.tensor(word, device=steps.device)[:, None]).sum()

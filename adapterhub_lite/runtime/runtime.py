@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,6 +55,7 @@ class Runtime:
         self.batch_size = batch_size
         self._slots = Slots(slots)
         self._hooks = SiteHooks()
+        weakref.finalize(self, self._hooks.remove)  # a runtime that is dropped without close() leaves no hook
         self._composer = Composer()
         self._tasks: dict[str, Task | None] = {}
         self._remarks: set[str] = set()
@@ -326,8 +328,11 @@ class Runtime:
             yield self._composer.compose([fitted[r.digest] if r else None for r in rows], self.base.device)
 
     def _parts(self, prompts: Sequence[list[int]], rows: Sequence[Ref | None]) -> Iterator[list[int]]:
-        """Cut the rows into batches: like lengths together, no more adapters than slots, one prefix length where needed."""
-        order = sorted(range(len(prompts)), key=lambda i: (self._group(rows[i]), len(prompts[i])))
+        """Cut the rows into batches, longest first: like lengths together, no more adapters than slots.
+
+        Where the base needs it, a batch has one prefix length.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: (self._group(rows[i]), -len(prompts[i])))
         part: list[int] = []
         used: set[str | None] = set()
         for i in order:
@@ -376,6 +381,8 @@ class Runtime:
     def _class_ids(self, text: str, row: Ref | None) -> list[int]:
         task = self.task(row) if row is not None else None
         limit = self._position_limit() or 512
+        if row is not None and (prefix := self._fitted(row).prefix):
+            limit -= prefix.tokens
         if task is not None:
             return task.encode(text, self.base.tokenizer, "encoder", min(limit, int(task.config.get("max_length") or limit)))
         return list(self.base.tokenizer(text, truncation=True, max_length=limit)["input_ids"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -11,6 +12,8 @@ from ..errors import DataError
 
 # Virtual-machine steps of sqlite3 that one generated query may take: a cross join written by a model can run for ever.
 _SQL_STEPS = 2_000_000
+# Bytes of one text or blob: `randomblob(1e9)` is a single step.
+_SQL_BYTES = 1_000_000
 
 
 def accuracy(answers: Sequence[str], expected: Sequence[str]) -> float:
@@ -51,7 +54,7 @@ def sql_execution(answer: str, reference: str, row: Mapping[str, Any]) -> float:
     except (sqlite3.Error, sqlite3.Warning, ValueError):
         return 0.0
     if "order by" not in reference.lower():
-        expected, given = sorted(expected, key=repr), sorted(given, key=repr)
+        return float(Counter(given) == Counter(expected))
     return float(given == expected)
 
 
@@ -63,6 +66,7 @@ def _run(script: str, query: str) -> list[tuple[Any, ...]]:
         steps = iter(range(_SQL_STEPS // 1000))
         database.set_progress_handler(lambda: next(steps, None) is None, 1000)
         database.set_authorizer(_read_only)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_BYTES)
         rows = database.execute(query).fetchmany(10_000)
     return [tuple(round(v, 6) if isinstance(v, float) else v for v in row) for row in rows]
 

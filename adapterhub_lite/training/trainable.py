@@ -89,6 +89,11 @@ class TrainableLora:
             magnitude = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
         return LoraParameters(module, self.spec.scaling(name, rank), nn.Parameter(a), nn.Parameter(b), magnitude)
 
+    @property
+    def dropout(self) -> float:
+        """Share of inputs dropped in training."""
+        return self.spec.dropout
+
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""
         return [p for s in self.sites.values() for p in (s.a, s.b, s.magnitude) if p is not None]
@@ -129,6 +134,7 @@ class TrainablePrefix:
     """A prefix of keys and values, as they are or made by a two-layer network (`projection`)."""
 
     head_prefix = "base_model."
+    dropout = 0.0
 
     def __init__(
         self,

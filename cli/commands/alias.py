@@ -42,8 +42,8 @@ def run(
         opened.unalias(ref.name, ref.alias)
     elif version is not None:
         opened.alias(ref.name, ref.alias, check_version(version.removeprefix("@")))
-    else:
-        opened.resolve(ref)
+    elif not opened.alias_history(ref.name, ref.alias):
+        opened.resolve(ref)  # says what there is
     current = opened.aliases(ref.name).get(ref.alias)
     moves = opened.alias_history(ref.name, ref.alias)
     if as_json:

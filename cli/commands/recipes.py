@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated
 
 import typer
 
+from ...errors import NotFound
 from ..app import command, new_app
 from ..guard import guarded
 from ..options import JsonOption
@@ -41,13 +43,14 @@ def show(
 
     Paths of data are relative to the recipe; in a copy elsewhere, point them at your own files.
     """
-    from ...recipe import list_recipes, load_recipe
+    from ...recipe import list_recipes
 
     paths = {known: path for known, _, path in list_recipes()}
-    path = paths.get(name)
-    if path is None:
-        load_recipe(name if "/" not in name else name.rsplit("/", 1)[-1])  # says which names are near
-        raise AssertionError(name)
+    if name not in paths:
+        near = get_close_matches(name, paths, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(paths)}."
+        raise NotFound(f"There is no built-in recipe {name!a}.", hint)
+    path = paths[name]
     text = path.read_text("utf-8")
     if as_json:
         emit({"name": name, "path": str(path), "yaml": text})

@@ -81,9 +81,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     for name, text, family in (("parrot", _INSTRUCT, "llama"), ("moods", _CLASSIFY, "bert")):
         tiny.save(family, folder / family)
         (folder / f"{name}.yaml").write_text(text.format(base=folder / family), "utf-8")
+    label = {0: "glad", 1: "sad"}
     for part, count in (("", 12), ("-test", 4)):
         _write_rows(folder / f"parrot{part}.jsonl", lambda i: {"question": f"say {i}", "reply": f"{i}!"}, count)
-        label = {0: "glad", 1: "sad"}
         _write_rows(folder / f"moods{part}.jsonl", lambda i: {"text": f"text {i}", "label": label[i % 2]}, count)
     made = Shop(folder, folder / "store")
     with pytest.MonkeyPatch.context() as patch:

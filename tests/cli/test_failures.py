@@ -51,18 +51,22 @@ def test_errors_are_one_line_with_a_code(arguments: list[str], code: int, part: 
     assert (result.exit_code, result.stdout) == (code, "")
     assert part in result.stderr
     if code == 1:
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
 
 
 def test_errors_as_json() -> None:
     error = told("show", "nothing", code=1)["error"]
-    assert error["type"] == "NotFound" and "nothing" in error["message"] and "ahl list" in error["hint"]
+    assert error["type"] == "NotFound"
+    assert "nothing" in error["message"]
+    assert "ahl list" in error["hint"]
 
 
 def test_a_bug_is_named_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert guarded(_raise(ZeroDivisionError("boom")), as_json=True) == 70
     said = capsys.readouterr()
-    assert said.err.startswith("bug: ZeroDivisionError: boom (test_failures.py:") and said.err.count("\n") == 1
+    assert said.err.startswith("bug: ZeroDivisionError: boom (test_failures.py:")
+    assert said.err.count("\n") == 1
     assert json.loads(said.out)["error"]["type"] == "Bug"
     monkeypatch.setenv("AHL_DEBUG", "1")
     guarded(_raise(ZeroDivisionError("boom")))
@@ -95,7 +99,8 @@ def test_ctrl_c_in_training_stores_nothing(shop: Shop, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; nothing was stored"
-    assert "Traceback" not in err and not store.exists()
+    assert "Traceback" not in err
+    assert not store.exists()
 
 
 def test_a_closed_pipe_ends_quietly(shop: Shop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def test_recipes_show_prints_yaml() -> None:
     assert yaml.safe_load(ahl("recipes", "show", "sql").stdout)["name"] == "sql"
     assert yaml.safe_load(told("recipes", "show", "sql")["yaml"])["name"] == "sql"
     near = ahl("recipes", "show", "sqll")
-    assert near.exit_code == 1 and "Did you mean sql?" in near.stderr
+    assert near.exit_code == 1
+    assert "Did you mean sql?" in near.stderr
 
 
 def test_recipes_show_reads_no_other_file(shop: Shop) -> None:
@@ -44,7 +46,8 @@ def test_base_show_of_a_folder_and_of_one_that_is_not_here(shop: Shop) -> None:
 def test_base_pull_of_a_folder_and_without_a_network(shop: Shop) -> None:
     assert told("base", "pull", shop.causal)["origin"] == "folder"
     off = ahl("base", "pull", "minilm-l6")
-    assert off.exit_code == 1 and "No source of the base minilm-l6 answered" in off.stderr
+    assert off.exit_code == 1
+    assert "No source of the base minilm-l6 answered" in off.stderr
 
 
 def test_doctor_says_each_choice_and_why(shop: Shop) -> None:
@@ -52,7 +55,8 @@ def test_doctor_says_each_choice_and_why(shop: Shop) -> None:
     facts = {fact["name"]: fact for fact in found["facts"]}
     assert found["sound"]
     assert {"device", "dtype", "CPU kernels", "quantisation", "store", "cache", "torch"} <= set(facts)
-    assert facts["device"]["reason"] and facts["store"]["reason"] == "asked for with --store"
+    assert facts["device"]["reason"]
+    assert facts["store"]["reason"] == "asked for with --store"
     assert facts["base minilm-l6"]["state"] == "warning"
     assert "Everything works." in ahl("doctor").stdout
 
@@ -79,3 +83,16 @@ def test_doctor_finds_old_and_missing_libraries(monkeypatch: pytest.MonkeyPatch)
     states = {fact.name: fact for fact in diagnosis._versions()}
     assert states["torch"].state == states["rich"].state == "trouble"
     assert "pip install 'torch>=" in states["torch"].reason
+
+
+def test_demo_hands_over_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterhub_lite.events import Listener
+    from adapterhub_lite.store import Store
+    from adapterhub_lite.workflows import demo
+
+    def run_demo(json_path: Path | None, *, store: Store, say: Callable[[str], None], on_event: Listener) -> None:
+        say(f"{json_path} {store.path}")
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    figures = tmp_path / "figures.json"
+    assert ahl("demo", "--json", figures).stdout == f"{figures} {tmp_path / 'home'}\n"

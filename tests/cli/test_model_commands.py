@@ -32,16 +32,21 @@ def test_train_stores_a_version_and_says_so(shop: Shop, tmp_path: Path) -> None:
 def test_train_reports_every_problem_of_a_recipe(shop: Shop, tmp_path: Path) -> None:
     wrong = ["-o", "training.epoch=1", "-o", "adapter.rank=0"]
     result = ahl("train", shop.recipe("parrot"), *wrong, "--store", tmp_path / "store")
-    assert result.exit_code == 1 and result.stdout == ""
-    assert "2 problems" in result.stderr and "epochs" in result.stderr and "adapter.rank" in result.stderr
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "2 problems" in result.stderr
+    assert "epochs" in result.stderr
+    assert "adapter.rank" in result.stderr
     error = told("train", shop.recipe("parrot"), *wrong, "--store", tmp_path / "store", code=1)["error"]
-    assert error["type"] == "RecipeError" and len(error["problems"]) == 2
+    assert error["type"] == "RecipeError"
+    assert len(error["problems"]) == 2
     assert not (tmp_path / "store").exists()
 
 
 def test_run_prints_the_answer_alone(shop: Shop) -> None:
     result = ahl("run", "--adapter", "parrot", "say 3", "--store", shop.store)
-    assert result.exit_code == 0 and result.stderr == ""
+    assert result.exit_code == 0
+    assert result.stderr == ""
     found = told("run", "--adapter", "parrot", "say 3", "--store", shop.store)
     assert result.stdout == found["answer"] + "\n"
     assert (found["adapter"], found["base"]) == ("parrot@1", shop.causal)
@@ -51,7 +56,8 @@ def test_run_reads_the_prompt_from_stdin(shop: Shop) -> None:
     arguments = ["run", "--base", shop.causal, "--max-new-tokens", "4", "--raw", "--store", str(shop.store)]
     assert ahl(*arguments, input="say 3\n").stdout == ahl(*arguments, "say 3").stdout
     empty = ahl(*arguments, input="")
-    assert empty.exit_code == 2 and "empty" in empty.stderr
+    assert empty.exit_code == 2
+    assert "empty" in empty.stderr
 
 
 def test_run_with_a_seed_repeats(shop: Shop) -> None:
@@ -79,7 +85,8 @@ def test_predict_does_not_overwrite_a_column(shop: Shop, tmp_path: Path) -> None
     out = tmp_path / "out.jsonl"
     ahl("predict", "moods", "-i", shop.folder / "moods-test.jsonl", "-o", out, "--store", shop.store)
     row = _rows(out)[0]
-    assert row["label"] == "glad" and row["predicted_label"] in ("glad", "sad")
+    assert row["label"] == "glad"
+    assert row["predicted_label"] in ("glad", "sad")
     assert row["predicted_score"] == max(row["predicted_scores"].values())
     (tmp_path / "bare.jsonl").write_text('{"text": "text 1", "id": 7}\n')
     ahl("predict", "moods", "-i", tmp_path / "bare.jsonl", "-o", out, "--store", shop.store)
@@ -90,8 +97,12 @@ def test_predict_that_fails_leaves_the_old_output(shop: Shop, tmp_path: Path) ->
     (tmp_path / "in.jsonl").write_text('{"other": 1}\n')
     (tmp_path / "out.jsonl").write_text("old")
     result = ahl("predict", "moods", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--store", shop.store)
-    assert result.exit_code == 1 and "line 1" in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+    assert result.exit_code == 1
+    assert "line 1" in result.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) + sorted(p.name for p in tmp_path.glob(".*")) == [
+        "in.jsonl",
+        "out.jsonl",
+    ]
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
@@ -112,7 +123,9 @@ def test_eval_measures_adapter_and_base(shop: Shop) -> None:
     assert set(found["metrics"]) == set(found["base_metrics"]) == {"exact_match"}
     assert (found["rows"], found["primary_metric"]) == (4, "exact_match")
     text = ahl("eval", "parrot", "--store", shop.store).stdout
-    assert "parrot@1" in text and "GAIN" in text and "4 rows of" in text
+    assert "parrot@1" in text
+    assert "GAIN" in text
+    assert "4 rows of" in text
 
 
 def test_eval_equals_what_the_card_says(shop: Shop) -> None:
@@ -135,17 +148,21 @@ def test_eval_says_when_the_data_has_moved(shop: Shop, tmp_path: Path) -> None:
     assert ahl("train", tmp_path / "parrot.yaml", "-o", "training.max_steps=1", "--store", store).exit_code == 0
     (tmp_path / "parrot-test.jsonl").rename(tmp_path / "elsewhere.jsonl")
     moved = ahl("eval", "parrot", "--store", store)
-    assert moved.exit_code == 1 and "--data" in moved.stderr
+    assert moved.exit_code == 1
+    assert "--data" in moved.stderr
     assert ahl("eval", "parrot", "--data", tmp_path / "elsewhere.jsonl", "--store", store).exit_code == 0
     unknown = ahl("eval", "parrot", "--split", "validation", "--store", store)
-    assert unknown.exit_code == 1 and "without validation data" in unknown.stderr
+    assert unknown.exit_code == 1
+    assert "without validation data" in unknown.stderr
 
 
 def test_merge_writes_a_checkpoint(shop: Shop, tmp_path: Path) -> None:
     found = told("merge", "parrot", "--out", tmp_path / "merged", "--store", shop.store)
-    assert found["passed"] and (tmp_path / "merged/model.safetensors").is_file()
+    assert found["passed"]
+    assert (tmp_path / "merged/model.safetensors").is_file()
     again = ahl("merge", "parrot", "--out", tmp_path / "merged", "--store", shop.store)
-    assert again.exit_code == 1 and "merged" in again.stderr
+    assert again.exit_code == 1
+    assert "merged" in again.stderr
 
 
 def test_chat_answers_and_switches(shop: Shop) -> None:
@@ -154,7 +171,9 @@ def test_chat_answers_and_switches(shop: Shop) -> None:
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) >= 2
     said = result.stderr.splitlines()
-    assert "now with parrot@1" in said and "now without adapter" in said and "forgotten" in said
+    assert "now with parrot@1" in said
+    assert "now without adapter" in said
+    assert "forgotten" in said
     assert any(line.startswith("moods@1") for line in said)
     assert sum(line.startswith("error:") for line in said) == 3
 
@@ -169,4 +188,5 @@ def test_chat_in_json_is_one_object_a_line(shop: Shop) -> None:
 
 def test_chat_refuses_an_encoder(shop: Shop) -> None:
     result = ahl("chat", "--base", shop.folder / "bert", "--store", shop.store, input="hi\n")
-    assert result.exit_code == 1 and "encoder" in result.stderr
+    assert result.exit_code == 1
+    assert "encoder" in result.stderr

@@ -86,7 +86,8 @@ def test_plain_progress_of_training_is_about_ten_lines(capsys: pytest.CaptureFix
             report(Evaluated("validation", 100, {"loss": 0.5}))
     said = capsys.readouterr()
     lines = said.err.splitlines()
-    assert said.out == "" and 10 <= len(lines) <= 14
+    assert said.out == ""
+    assert 10 <= len(lines) <= 14
     assert lines[1].startswith("  step 30/300: loss 2.000, eta 1:05, 512 tokens/s, lr 1.0e-03, epoch 0.3")
     assert "  validation: loss 0.500 (step 100)" in lines
     assert lines[-1].endswith("loss 0.500")
@@ -135,7 +136,8 @@ def test_live_progress(columns: int, terse: bool) -> None:
     assert "warning: odd" in text
     assert ("stored" in text) != terse
     if columns == 200 and not terse:
-        assert "loading [base]" in text and "trained 3 steps: loss 2.000" in text
+        assert "loading [base]" in text
+        assert "trained 3 steps: loss 2.000" in text
 
 
 def test_reporting_is_plain_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,13 @@ def test_list_shows_every_version_with_its_facts(shop: Shop) -> None:
     result = ahl("list", "--store", shop.store)
     head, moods, parrot = result.stdout.splitlines()
     assert head.split() == ["ADAPTER", "TYPE", "BASE", "QUANT", "METRIC", "ALIASES", "CREATED", "SIZE"]
-    assert moods.startswith("moods@1") and "accuracy" in moods
-    assert parrot.startswith("parrot@1") and "exact_match" in parrot and "llama" in parrot
-    assert result.exit_code == 0 and result.stderr == ""
+    assert moods.startswith("moods@1")
+    assert "accuracy" in moods
+    assert parrot.startswith("parrot@1")
+    assert "exact_match" in parrot
+    assert "llama" in parrot
+    assert result.exit_code == 0
+    assert result.stderr == ""
 
 
 def test_list_fits_a_narrow_terminal(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +47,8 @@ def test_list_of_nothing_says_what_to_do(tmp_path: Path) -> None:
 def test_list_as_json(shop: Shop) -> None:
     one = told("list", "--store", shop.store)["adapters"][1]
     assert (one["ref"], one["type"], one["quantization"], one["task"]) == ("parrot@1", "lora", "none", "instruct")
-    assert one["metric"]["name"] == "exact_match" and one["metric"]["split"] == "test"
+    assert one["metric"]["name"] == "exact_match"
+    assert one["metric"]["split"] == "test"
 
 
 def test_show_tells_the_card(shop: Shop) -> None:
@@ -93,7 +98,8 @@ def test_remove_asks_which_version_and_respects_aliases(store: Path, tmp_path: P
     ahl("export", "parrot@1", tmp_path / "out", "--store", store)
     ahl("import", tmp_path / "out", "--name", "parrot", "--store", store)
     vague = ahl("remove", "parrot", "--store", store)
-    assert vague.exit_code == 2 and "ahl remove parrot@2" in vague.stderr
+    assert vague.exit_code == 2
+    assert "ahl remove parrot@2" in vague.stderr
     ahl("alias", "parrot:prod", "1", "--store", store)
     assert ahl("remove", "parrot@1", "--store", store).exit_code == 1
     assert told("remove", "parrot@1", "--force", "--store", store)["removed"] == "parrot@1"
@@ -110,16 +116,20 @@ def test_verify_finds_a_changed_byte(store: Path) -> None:
     file.chmod(0o644)
     file.write_bytes(data)
     found = told("verify", "--store", store, code=1)
-    assert not found["sound"] and any("parrot@1" in one["where"] for one in found["findings"])
+    assert not found["sound"]
+    assert any("parrot@1" in one["where"] for one in found["findings"])
     assert told("verify", "moods", "--store", store)["sound"]
     damaged = ahl("verify", "parrot@1", "--store", store)
-    assert damaged.exit_code == 1 and "does not match" in damaged.stdout and damaged.stderr == ""
+    assert damaged.exit_code == 1
+    assert "does not match" in damaged.stdout
+    assert damaged.stderr == ""
 
 
 def test_a_damaged_version_does_not_hide_the_others(store: Path) -> None:
     (store / "adapters/parrot/1/card.json").unlink()
     text = ahl("list", "--store", store).stdout
-    assert "moods@1" in text and "damaged" in text
+    assert "moods@1" in text
+    assert "damaged" in text
     assert ahl("verify", "nothing", "--store", store).exit_code == 1
 
 

@@ -1,0 +1,104 @@
+"""What every benchmark shares: machine and versions, fair timing, a table, and adapters to measure with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from adapterhub_lite.adapters.adapter import Adapter
+from adapterhub_lite.adapters.sites import select_sites
+from adapterhub_lite.bases.load import Base
+from adapterhub_lite.formats.card import Card
+from adapterhub_lite.formats.peft_config import LoraSpec
+from adapterhub_lite.store import Store
+from adapterhub_lite.training.trainable import TrainableLora
+from adapterhub_lite.workflows.train import base_summary
+
+BASE = "smollm2-135m-instruct"
+_PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def print_head(title: str, base: Base) -> None:
+    """Title, machine and versions."""
+    print(f"\n== {title}")
+    print(f"   {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}")
+    print("   " + ", ".join(f"{p} {version(p)}" for p in _PACKAGES))
+    print(f"   base {base.name}, {base.choices['dtype'].value} on {base.device}")
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def in_turn(works: dict[str, Callable[[], object]], rounds: int, warmups: int = 1) -> dict[str, float]:
+    """Median seconds of each work; every round runs all of them, in an order that turns."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
+    for round_ in range(-warmups, rounds):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            _synchronise()
+            begun = time.perf_counter()
+            works[name]()
+            _synchronise()
+            if round_ >= 0:
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def print_row(what: str, ours: float, peer: float, unit: str = "ms") -> None:
+    """One comparison of times (seconds): ours, the peer's, and how many times faster ours is."""
+    scale = {"ms": 1e3, "us": 1e6, "s": 1.0}[unit]
+    print(f"   {what:<58} ours {ours * scale:>10.2f} {unit}  peer {peer * scale:>10.2f} {unit}  {peer / ours:>9.1f} x")
+    sys.stdout.flush()
+
+
+@contextmanager
+def lora_store(base: Base, count: int, rank: int = 16) -> Iterator[tuple[Store, list[str], list[Path]]]:
+    """A store of `count` random LoRA adapters on all linear layers, their references, and the same as PEFT folders."""
+    with TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "store")
+        refs, exported = [], []
+        for i in range(count):
+            adapter = random_lora(base, rank, seed=i)
+            ref = store.put(f"random-{i}", dict(adapter.files()), Card(base=base_summary(base)))
+            refs.append(str(ref))
+            exported.append(store.export(ref, Path(folder) / "peft" / f"random-{i}"))
+        yield store, refs, exported
+
+
+def random_lora(base: Base, rank: int, seed: int) -> Adapter:
+    """An adapter whose B is random, so that it has an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    output = base.model.get_output_embeddings()  # type: ignore[operator]
+    spec = LoraSpec(rank=rank, alpha=2.0 * rank, task_type="CAUSAL_LM", base_model=base.name)
+    made = TrainableLora(spec, select_sites(base.view().modules, "all-linear", output), generator)
+    for site in made.sites.values():
+        site.b.data.copy_(torch.randn(site.b.shape, generator=generator) * 0.01)
+    return Adapter(spec, made.tensors(), name=f"random-{seed}")
+
+
+def chosen_prompts(count: int) -> Sequence[str]:
+    """Different short prompts."""
+    subjects = ("rain", "bread", "ferries", "chess", "moss", "clocks", "tea", "maps")
+    return [f"Write {1 + i % 5} sentences about {subjects[i % len(subjects)]}." for i in range(count)]

@@ -1,0 +1,126 @@
+"""Metrics against sqlite3 itself and against plain definitions; a hostile query harms nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapterhub_lite.errors import DataError
+from adapterhub_lite.tasks import metrics
+from adapterhub_lite.tasks.metrics import accuracy, exact_match, macro_f1, sql_execution
+
+DATABASE = """
+CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT, price REAL, stock INTEGER);
+INSERT INTO item VALUES (1, 'nut', 0.1, 5), (2, 'bolt', 0.2, 7), (3, 'gear', 2.0, 7), (4, 'cog', NULL, 0);
+"""
+
+
+def score(answer: str, reference: str) -> float:
+    return sql_execution(answer, reference, {"database": DATABASE})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("SELECT name FROM item ORDER BY id DESC", "SELECT name FROM item", 1.0),
+        ("SELECT name FROM item ORDER BY id DESC", "SELECT name FROM item ORDER BY id", 0.0),
+        ("SELECT name FROM item ORDER BY id", "select name from item order by id", 1.0),
+        ("SELECT name, id FROM item", "SELECT id, name FROM item", 0.0),
+        ("SELECT 0.1 + 0.2", "SELECT 0.3", 1.0),
+        ("SELECT 0.30001", "SELECT 0.3", 0.0),
+        ("SELECT SUM(price) FROM item", "SELECT 2.3", 1.0),
+        ("SELECT DISTINCT stock FROM item", "SELECT stock FROM item", 0.0),
+        ("SELECT NULL", "SELECT price FROM item WHERE id = 4", 1.0),
+        ("SELECT 0", "SELECT price FROM item WHERE id = 4", 0.0),
+        ("SELECT '7'", "SELECT 7", 0.0),
+        ("SELECT 2", "SELECT price FROM item WHERE id = 3", 1.0),
+        ("SELECT 1, 1 UNION ALL SELECT 1.0, 2", "SELECT 1.0, 1 UNION ALL SELECT 1, 2", 1.0),
+        ("SELECT id FROM item WHERE 0", "SELECT id FROM item WHERE id > 9", 1.0),
+        ("WITH t AS (SELECT stock s FROM item) SELECT MAX(s) FROM t", "SELECT 7", 1.0),
+        ("SELECT", "SELECT 1", 0.0),
+        ("", "SELECT 1", 0.0),
+        ("SELECT nothing FROM item", "SELECT 1", 0.0),
+        ("SELECT 1; SELECT 2", "SELECT 1", 0.0),
+        ("SELECT 1\0", "SELECT 1", 0.0),
+        ("SELECT '\ud800'", "SELECT 1", 0.0),
+    ],
+)
+def test_sql_execution(answer: str, reference: str, expected: float):
+    assert score(answer, reference) == expected
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM item",
+        "INSERT INTO item VALUES (9, 'x', 1, 1) RETURNING id",
+        "UPDATE item SET stock = 0 RETURNING id",
+        "DROP TABLE item",
+        "CREATE TABLE other (id)",
+        "CREATE TEMP TABLE other (id)",
+        "PRAGMA query_only = OFF",
+        "PRAGMA table_info(item)",
+        "SELECT * FROM pragma_table_info('item')",
+        "ATTACH ':memory:' AS other",
+        "VACUUM",
+        "BEGIN",
+        "SELECT load_extension('evil')",
+    ],
+)
+def test_what_is_not_reading_scores_nothing(query: str):
+    assert score(query, query if query.startswith("SELECT 1") else "SELECT 1") == 0.0
+    with pytest.raises(DataError, match="reference query fails"):
+        score("SELECT 1", query)
+
+
+@pytest.mark.parametrize("query", ["ATTACH '{}' AS other", "VACUUM INTO '{}'"])
+def test_no_file_is_made(tmp_path: Path, query: str):
+    path = tmp_path / "made.db"
+    assert score(query.format(path), "SELECT 1") == 0.0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n WHERE i < 0",
+        f"SELECT COUNT(*) FROM {', '.join(f'item a{i}' for i in range(30))}",
+    ],
+)
+def test_endless_queries_are_stopped(query: str):
+    assert score(query, "SELECT 1") == 0.0
+
+
+@pytest.mark.parametrize("query", ["length(randomblob(900000000))", "length(hex(zeroblob(400000000)))"])
+def test_values_of_a_gigabyte_are_refused(query: str):
+    assert score(f"SELECT {query}", "SELECT 1") == 0.0
+    assert score(f"SELECT {query} > 1", "SELECT 1") == 0.0
+
+
+def test_rows_need_a_database():
+    with pytest.raises(DataError, match="database"):
+        sql_execution("SELECT 1", "SELECT 1", {})
+    with pytest.raises(DataError, match="reference query fails"):
+        score("SELECT 1", "SELECT missing FROM item")
+
+
+def test_exact_match_ignores_white_space_only():
+    assert exact_match(" a\n b ", "a b", {}) == 1.0
+    assert exact_match("A b", "a b", {}) == 0.0
+    assert set(metrics.METRICS) == {"exact_match", "sql_execution"}
+
+
+def test_accuracy_and_macro_f1_by_definition():
+    expected = ["a", "a", "a", "b", "b", "c"]
+    answers = ["a", "a", "b", "b", "c", "x"]
+    assert accuracy(answers, expected) == 3 / 6
+
+    def f1(label: str) -> float:
+        true = sum(a == e == label for a, e in zip(answers, expected, strict=True))
+        found, there = answers.count(label), expected.count(label)
+        precision, recall = true / found if found else 0, true / there
+        return 2 * precision * recall / (precision + recall) if true else 0.0
+
+    assert macro_f1(answers, expected) == pytest.approx(sum(map(f1, "abc")) / 3)
