@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.progress import Progress as Bars
 
 from ..events import Evaluated, Event, Note, Progress, Stage, Step
 from .progress import Smoothed, amount, evaluated_line, note_line, step_facts
-from .render import printable
+from .render import metrics, printable
 
 _BAR = 20
 _AROUND = _BAR + 6  # spinner, bar and the gaps between
@@ -35,7 +34,7 @@ class LiveReport:
         )
         self._tasks: dict[str, TaskID] = {}
         self._smoothed = Smoothed()
-        self._evaluated: Mapping[str, float] = {}
+        self._evaluated: list[str] = []
 
     def __enter__(self) -> LiveReport:
         self._bars.start()
@@ -56,7 +55,7 @@ class LiveReport:
             if event.level == "warning" or not self._terse:
                 self._line(note_line(event), "yellow" if event.level == "warning" else None)
         elif isinstance(event, Evaluated):
-            self._evaluated = event.metrics
+            self._evaluated = [f"{event.split} {metrics(event.metrics)}"]
             self._line(f"  {evaluated_line(event)}")
         elif isinstance(event, Stage):
             self._stage(printable(event.title))
@@ -71,7 +70,7 @@ class LiveReport:
     def _step(self, event: Step) -> None:
         loss = self._smoothed.push(event.loss)
         count = f"{event.step}/{event.total}"
-        facts = self._fitting("training", count, step_facts(event, loss, self._evaluated))
+        facts = self._fitting("training", count, [*step_facts(event, loss), *self._evaluated])
         self._update("training", event.step, event.total, facts)
         if event.step == event.total:
             self._line(f"  trained {event.total} steps: loss {loss:.3f}, {event.tokens_per_second:,.0f} tokens/s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..events import Evaluated, Event, Listener, Note, Progress, Stage, Step
@@ -49,16 +49,15 @@ class Smoothed:
         return self._sum / self._weight
 
 
-def step_facts(step: Step, loss: float, evaluated: Mapping[str, float]) -> list[str]:
+def step_facts(step: Step, loss: float) -> list[str]:
     """What to say of a training step, the most important first."""
-    facts = [
+    return [
         f"loss {loss:.3f}",
         f"eta {seconds(step.eta)}",
         f"{step.tokens_per_second:,.0f} tokens/s",
         f"lr {step.learning_rate:.1e}",
         f"epoch {step.epoch:.1f}",
     ]
-    return [*facts, metrics(evaluated)] if evaluated else facts
 
 
 def amount(event: Progress) -> str:
@@ -84,7 +83,6 @@ class PlainReport:
     def __init__(self, terse: bool = False) -> None:
         self._terse = terse
         self._smoothed = Smoothed()
-        self._evaluated: Mapping[str, float] = {}
         self._title = ""
         self._share = 0.0
         self._said_at = time.monotonic()
@@ -100,7 +98,6 @@ class PlainReport:
         elif isinstance(event, Stage):
             remark(printable(event.title))
         elif isinstance(event, Evaluated):
-            self._evaluated = event.metrics
             remark(f"  {evaluated_line(event)}")
         elif isinstance(event, Step):
             self._step(event)
@@ -110,7 +107,7 @@ class PlainReport:
     def _step(self, event: Step) -> None:
         loss = self._smoothed.push(event.loss)
         if self._is_due("training", event.step / event.total):
-            remark(f"  step {event.step}/{event.total}: {', '.join(step_facts(event, loss, self._evaluated))}")
+            remark(f"  step {event.step}/{event.total}: {', '.join(step_facts(event, loss))}")
 
     def _progress(self, event: Progress) -> None:
         if event.title != self._title:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def measure_effect(runtime: Runtime, adapter: str | Ref, texts: Sequence[str] = 
     A classifier has no bare counterpart: its probe compares the labels' logits between texts that differ.
 
     Raises:
-        NoEffect: no logit moves.
+        NoEffect: no logit moves, or one moves to infinity.
     """
     rows = [_ids(runtime.base, t) for t in (*PROBES, *texts)]
     adapted = runtime.logits(rows, adapter, _decoder_rows(runtime.base, rows))
@@ -37,6 +38,8 @@ def measure_effect(runtime: Runtime, adapter: str | Ref, texts: Sequence[str] = 
         bare = runtime.logits(rows, None, _decoder_rows(runtime.base, rows))
         change = torch.cat([(a.float() - b.float()).abs().flatten() for a, b in zip(adapted, bare, strict=True)])
     largest = float(change.max())
+    if not math.isfinite(largest):
+        raise NoEffect(f"{adapter} makes logits of {runtime.base.name} that are not finite.", "The training diverged.")
     if largest == 0.0:
         raise NoEffect(f"{adapter} moves no logit of {runtime.base.name}: it does nothing.", "Train it longer, or anew.")
     return {"max_logit_change": largest, "mean_logit_change": float(change.mean()), "probes": len(rows)}

@@ -16,6 +16,9 @@ from ..tasks.task import IGNORED, Example
 from .losses import frozen_head_cross_entropy
 from .trainable import Trainable
 
+# A shorter common beginning costs more in a second pass through the layers than it saves.
+_LEAST_SHARED = 8
+
 
 @dataclass(frozen=True)
 class BatchLoss:

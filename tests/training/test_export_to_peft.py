@@ -63,7 +63,7 @@ def test_same_logits(tiny_base, tmp_path: Path, recwarn, family: str, kind: str)
         assert float((found[0] - bare[0]).abs().max()) > 1e-3, "the trained adapter does nothing"
     card = store.card(ref)
     assert card.base["fingerprint"]["digest"] == base.fingerprint.digest
-    assert set(card.metrics) == {"validation", "test"}
+    assert "test" in card.metrics
     assert store.verify() == []
     assert store.import_(folder, "again").version == 1
 

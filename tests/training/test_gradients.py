@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from adapterhub_lite.bases.load import load_base
-from adapterhub_lite.tasks.task import Example
+from adapterhub_lite.tasks.task import IGNORED, Example
 from adapterhub_lite.training import losses
 from tests import peers, tiny
 from tests.training.build import EXAMPLES, Twin, assert_gradients_equal, peft_gradients, precision
@@ -65,6 +65,23 @@ def test_equal_with_dropout_drawn_from_the_same_seed(tiny_base, kind: str):
         assert_gradients_equal(ours, theirs, relative=2e-5)
         found.append(loss)
     assert found[0] != found[1], "dropout did not act"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_equal_where_all_rows_begin_alike(tiny_base, family: str, kind: str):
+    """As prompts of one template do; what all rows share may be computed once, and must not be felt."""
+    base = tiny_base(family)
+    same = [60 + i % 37 for i in range(80)]
+    ends = [([5, 6], [7, 8, 2]), ([9], [10, 2]), ([], [11, 12, 13, 2]), ([5, 6, 7], [2])]
+    examples = [Example([*same, *q, *a], [IGNORED] * (80 + len(q)) + a) for q, a in ends]
+    wrapped = peers.wrap(peers.plain(base.source.folder, "CAUSAL_LM"), peers.config(family, kind, "CAUSAL_LM"))
+    twin = Twin(base, wrapped)
+    for some in (examples, examples[:2], examples[1:], [examples[0]] * 3):
+        loss, ours = twin.gradients(some)
+        expected, theirs = peft_gradients(wrapped, twin, some)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert_gradients_equal(ours, theirs, relative=5e-5)
 
 
 def test_the_frozen_weights_get_no_gradient(tiny_base):
