@@ -1,4 +1,4 @@
-"""What holds for every test: no network, a store of its own, quiet libraries, two threads."""
+"""What holds for every test: no network, a store of its own, quiet libraries, one thread."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def _guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> None:
-    """torch, where a test uses it, takes no more than two cores."""
+def one_thread() -> None:
+    """Tiny models run fastest on one thread, also when other work shares the cores."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(2)
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

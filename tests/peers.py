@@ -44,7 +44,7 @@ def plain(folder: Path, task: str, labels: int = LABELS, seed: int = 7) -> Any:
     """The checkpoint in plain transformers, as the class of a task; a new head is random, but always the same."""
     torch.manual_seed(seed)
     some = {"num_labels": labels, "ignore_mismatched_sizes": True} if task == "SEQ_CLS" else {}
-    model = _AUTO[task].from_pretrained(folder, **some)
+    model = _AUTO[task].from_pretrained(folder, dtype=torch.float32, **some)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0
     return model.eval()
@@ -84,7 +84,10 @@ def logits(model: Any, rows: Sequence[list[int]] = ROWS, answers: Sequence[list[
     """Logits of each row by itself: no padding, no neighbours."""
     found = []
     for row, answer in zip(rows, answers, strict=True):
-        given: dict[str, Any] = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+        given: dict[str, Any] = {
+            "input_ids": torch.tensor([row]),
+            "attention_mask": torch.ones(1, len(row), dtype=torch.long),
+        }
         if model.config.is_encoder_decoder and "Classification" not in type(_inner(model)).__name__:
             given["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *answer]])
         with torch.no_grad():
@@ -96,7 +99,9 @@ def _inner(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def assert_logits_equal(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], relative: float = 1e-5) -> None:
+def assert_logits_equal(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], relative: float = 1e-5
+) -> None:
     """Equal to `relative` of the largest logit."""
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):

@@ -149,6 +149,6 @@ def merged_norm(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> t
     """||W + up down|| of each output row [out]; the sum is formed in row blocks, never as a whole."""
     blocks = [
         torch.linalg.vector_norm(torch.addmm(w, u, down), dim=1)
-        for w, u in zip(weight.split(1024), up.split(1024), strict=True)
+        for w, u in zip(torch.split(weight, 1024), torch.split(up, 1024), strict=True)
     ]
     return torch.cat(blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,8 @@ def measure(model: nn.Module, working_copies: int) -> MemoryReport:
 
 def keep_working_copies(model: nn.Module) -> bool:
     """Whether float32 copies of all quantised weights fit into a quarter of the free memory."""
-    need = sum(4 * m.in_features * m.out_features for m in model.modules() if is_quantized(m))  # type: ignore[operator]
+    quantized: list[Any] = [m for m in model.modules() if is_quantized(m)]
+    need = sum(4 * int(m.in_features) * int(m.out_features) for m in quantized)
     return need <= _SHARE_FOR_COPIES * available_bytes()
 
 

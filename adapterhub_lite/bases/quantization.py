@@ -58,11 +58,12 @@ def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> torch.T
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         return weight.detach() if dtype is None else weight.detach().to(dtype)
-    dtype = dtype or getattr(module, "_ahl_dtype", torch.float32)
-    copy = getattr(module, "_ahl_copy", None)
-    if copy is not None and copy.dtype == dtype:
+    kept: torch.dtype = getattr(module, "_ahl_dtype", torch.float32)
+    wanted = dtype or kept
+    copy: torch.Tensor | None = getattr(module, "_ahl_copy", None)
+    if copy is not None and copy.dtype == wanted:
         return copy
-    return _dequantize(module, dtype)
+    return _dequantize(module, wanted)
 
 
 def _dequantize(module: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -70,10 +71,12 @@ def _dequantize(module: Any, dtype: torch.dtype) -> torch.Tensor:
 
     weight = module.weight
     if type(module).__name__ == "Linear4bit":
-        return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    scale = weight.SCB if weight.SCB is not None else module.state.SCB
-    values = weight.CB if weight.CB is not None else weight.data
-    return bnb.int8_vectorwise_dequant(values, scale).to(dtype)
+        dense: torch.Tensor = bnb.dequantize_4bit(weight.data, weight.quant_state)
+        return dense.to(dtype)
+    scale: torch.Tensor = weight.SCB if weight.SCB is not None else module.state.SCB
+    values: torch.Tensor = weight.CB if weight.CB is not None else weight.data
+    back: torch.Tensor = bnb.int8_vectorwise_dequant(values, scale)
+    return back.to(dtype)
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -94,7 +97,7 @@ def _exact_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     if self._ahl_copy is not None and self._ahl_copy.dtype == x.dtype:
         out = F.linear(x, self._ahl_copy)
     else:
-        out = _FrozenMatmul.apply(x, self)
+        out = _FrozenMatmul.apply(x, self)  # type: ignore[no-untyped-call]
     return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -122,6 +125,10 @@ def quantized_round_trip(weight: torch.Tensor, quantize: str) -> torch.Tensor:
 
     if quantize == "nf4":
         packed, state = bnb.quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
-        return bnb.dequantize_4bit(packed, state).to(weight.dtype)
+        dense: torch.Tensor = bnb.dequantize_4bit(packed, state)
+        return dense.to(weight.dtype)
+    values: torch.Tensor
+    scale: torch.Tensor
     values, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
-    return bnb.int8_vectorwise_dequant(values, scale).to(weight.dtype)
+    back: torch.Tensor = bnb.int8_vectorwise_dequant(values, scale)
+    return back.to(weight.dtype)

@@ -113,12 +113,13 @@ class HeadSlot(nn.Module):
         if self._heads:
             features = features.to(next(self._heads[0].parameters()).dtype)  # a head in training is float32
         if len(self._heads) == 1 and len(self._rows[0]) == features.shape[0]:
-            return self._heads[0](features)
+            logits: torch.Tensor = self._heads[0](features)
+            return logits
         parts = [head(features[rows]) for head, rows in zip(self._heads, self._rows, strict=True)]
         if not parts:
             raise Unsupported("No row of this batch has a classification head.", "Name an adapter trained to classify.")
         width = max(p.shape[-1] for p in parts)
-        out = parts[0].new_full((features.shape[0], *parts[0].shape[1:-1], width), float("-inf"))
+        out: torch.Tensor = parts[0].new_full((features.shape[0], *parts[0].shape[1:-1], width), float("-inf"))
         for part, rows in zip(parts, self._rows, strict=True):
             out[rows, ..., : part.shape[-1]] = part
         return out
@@ -192,7 +193,8 @@ def _classifier_around(model: Any) -> View:
 
 
 def _first_id(value: Any) -> int | None:
-    return value[0] if isinstance(value, list) else value
+    found: int | None = value[0] if isinstance(value, list) else value
+    return found
 
 
 def _is_output(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:

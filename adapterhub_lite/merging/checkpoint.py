@@ -80,7 +80,7 @@ def write_shard(fs: FileSystem, path: Path, planned: Iterable[Planned], done: Ca
             made = tensor.make().to(tensor.dtype).contiguous()
             if tuple(made.shape) != tensor.shape:
                 raise ValueError(f"{tensor.name}: made {tuple(made.shape)}, planned {tensor.shape}")
-            _write_all(fs, fd, memoryview(made.flatten().view(torch.uint8).numpy()))
+            _write_all(fs, fd, memoryview(made.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
             done(tensor.nbytes)
         fs.fsync(fd)
     finally:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import NotFound, StoreError, UnsafeFile
+from ..errors import FormatError, NotFound, StoreError, UnsafeFile
+from ..formats.card import MAX_BYTES as CARD_BYTES
 from ..formats.card import Card
 from ..formats.files import read_regular
 from ..formats.peft_config import MAX_BYTES, parse_adapter_config
 from .fs import MUTABLE, FileSystem, discard, ensure_folder, new_tmp, write_file
-from .layout import CARD, CONFIG, WEIGHTS, Layout
-from .manifest import sha256
-from .reading import read_file
+from .layout import CARD, CONFIG, MANIFEST, WEIGHTS, Layout
+from .manifest import MAX_BYTES as MANIFEST_BYTES
+from .manifest import FileFact, Manifest, sha256
+from .reading import load_manifest, read_file
 
 MAX_WEIGHTS = 8 << 30
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -42,8 +45,27 @@ def read_folder(path: str | Path, base: dict[str, Any] | None = None) -> tuple[d
         "files": {name: sha256(data) for name, data in files.items()},
         "ignored": [_printable(name) for name in present if name not in files],
     }
+    own = _own_card(folder, present, files)
+    if own is not None:
+        return files, replace(own, base={**own.base, **base}) if base else own
     named: dict[str, Any] = {"name": spec.base_model, "revision": spec.revision, "fingerprint": {}}
     return files, Card(base={**named, **(base or {})}, origin=origin)
+
+
+def _own_card(folder: Path, present: list[str], files: dict[str, bytes]) -> Card | None:
+    """The card of a folder that a store exported and nobody changed since; None for any other folder.
+
+    The manifest beside it tells: a card next to other weights than it was written for is worth nothing.
+    """
+    if not {CARD, MANIFEST} <= set(present):
+        return None
+    try:
+        manifest = Manifest.from_bytes(read_regular(folder / MANIFEST, MANIFEST_BYTES))
+        found = {**files, CARD: read_regular(folder / CARD, CARD_BYTES)}
+        unchanged = all(FileFact.of(data) == manifest.files[name] for name, data in found.items())
+        return Card.from_bytes(found[CARD]) if unchanged else None
+    except FormatError:
+        return None
 
 
 def export_folder(fs: FileSystem, layout: Layout, name: str, version: int, target: Path) -> Path:
@@ -57,6 +79,7 @@ def export_folder(fs: FileSystem, layout: Layout, name: str, version: int, targe
     target = target.resolve() if target.name == ".." else target.absolute().parent.resolve() / target.name
     _check_target(layout, target)
     files = {file: read_file(layout, name, version, file) for file in (CONFIG, WEIGHTS, CARD)}
+    files[MANIFEST] = load_manifest(layout, name, version).to_bytes()
     existing = next(parent for parent in target.parents if parent.is_dir())
     ensure_folder(fs, target.parent, existing)
     staged = new_tmp(target.parent)

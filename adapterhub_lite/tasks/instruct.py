@@ -49,6 +49,8 @@ class Instruct:
         for i, text in enumerate(self.inputs(rows)):
             prompt = self.encode(text, tokenizer, kind, max_length)
             answer = completion_ids(tokenizer, str(rows.field(i, self.config["completion"])))
+            if not answer:
+                raise DataError(f"{rows.source}, line {rows.lines[i]}: the completion is empty.", "Nothing can be learnt from it.")
             if max(len(prompt), len(answer)) > max_length or (kind == "causal" and len(prompt) + len(answer) > max_length):
                 too_long.append((len(prompt) + len(answer), rows.lines[i]))
             if kind == "causal":

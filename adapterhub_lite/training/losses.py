@@ -21,7 +21,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grads = []
-        for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        for rows, wanted in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
             logits = torch.nn.functional.linear(rows, weight, bias).to(total.dtype)
             normaliser = logits.logsumexp(-1, keepdim=True)
             total += (normaliser - logits.gather(1, wanted[:, None])).sum()
@@ -49,5 +49,5 @@ def frozen_head_cross_entropy(
         weight, bias: [vocabulary, width] and [vocabulary], frozen.
         targets: [tokens], token ids.
     """
-    result: torch.Tensor = _FrozenHeadCrossEntropy.apply(hidden, weight, bias, targets)
+    result: torch.Tensor = _FrozenHeadCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     return result

@@ -10,9 +10,9 @@ import torch
 
 from ..adapters.adapter import read_adapter
 from ..bases.inputs import pad_rows
-from ..bases.load import Base, load_base
+from ..bases.load import Base
 from ..bases.quiet import quiet
-from ..errors import MergeFailed, Unsupported
+from ..errors import MergeFailed
 from ..evaluation.effect import PROBES
 from ..events import Listener, Stage, ignore
 from ..formats.card import Card
@@ -26,6 +26,7 @@ from ..store import Store
 from ..tasks.classify import Classify
 from ..tasks.registry import make_task
 from .data import split_rows
+from .own_base import load_own_base
 
 _PROBE_ROWS = 24
 _PROBE_TOKENS = 256
@@ -60,7 +61,7 @@ def merge(
     started = time.perf_counter()
     resolved = store.resolve(ref)
     card = store.card(resolved)
-    base = base or _own_base(card, on_event)
+    base = base or load_own_base(card, on_event=on_event)
     runtime = Runtime(base, store, slots=1, on_event=on_event)
     try:
         runtime.load(resolved)
@@ -140,9 +141,3 @@ def plain_logits(folder: Path, base: Base, rows: list[list[int]], task_type: str
 def _decoder_rows(base: Base, rows: list[list[int]]) -> list[list[int]] | None:
     return [row[:16] for row in rows] if base.kind == "seq2seq" else None
 
-
-def _own_base(card: Card, on_event: Listener) -> Base:
-    name = card.base.get("name")
-    if not name:
-        raise Unsupported("This adapter does not say which base it was made for.", "Pass the base to merge into.")
-    return load_base(name, card.base.get("quantization") or "none", on_event=on_event)

@@ -166,7 +166,7 @@ def _publish(
         with quiet():
             held = runtime.attach(trained.adapter, task)
             effect = measure_effect(runtime, held)
-            metrics = {}
+            metrics: dict[str, dict[str, float]] = {}
             split = next((s for s in ("test", "validation") if s in rows), None)
             if split is not None:
                 title = f"measuring {name} on {split}"

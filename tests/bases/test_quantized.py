@@ -1,9 +1,9 @@
-"""Quantised bases on a CPU: in whatever order they generate, evaluate and train, they compute what their dequantised weights say."""
+"""Quantised bases on a CPU compute what their dequantised weights say, in whatever order they are used."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,7 +21,10 @@ from tests.training.build import EXAMPLES, Twin, assert_gradients_equal, peft_gr
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 QUANTIZED = ("nf4", "int8")
-ORDERS = [*itertools.permutations(("generate", "evaluate", "train")), ("train", "generate", "toggle", "train", "evaluate")]
+ORDERS = [
+    *itertools.permutations(("generate", "evaluate", "train")),
+    ("train", "generate", "toggle", "train", "evaluate"),
+]
 
 
 def dequantized(weight: torch.Tensor, quantize: str) -> torch.Tensor:
@@ -42,11 +45,13 @@ def dense_reference(base: Base, task: str = "CAUSAL_LM") -> Any:
     return model
 
 
-@pytest.fixture(params=[(q, c) for q in QUANTIZED for c in (True, False)], ids=lambda p: f"{p[0]}-{'copies' if p[1] else 'none'}")
-def base(request, tiny_folder: Callable[..., Any]) -> Iterator[Base]:
+@pytest.fixture(
+    params=[(q, c) for q in QUANTIZED for c in (True, False)], ids=lambda p: f"{p[0]}-{'copies' if p[1] else 'none'}"
+)
+def base(request, tiny_folder: Callable[..., Any]) -> Base:
     """A quantised tiny Llama, with working copies and without."""
     quantize, copies = request.param
-    yield load_base(str(tiny_folder("llama", **WIDE)), quantize, device="cpu", working_copies=copies)
+    return load_base(str(tiny_folder("llama", **WIDE)), quantize, device="cpu", working_copies=copies)
 
 
 def layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -132,7 +137,9 @@ def pretend_avx512(model: torch.nn.Module) -> None:
 def test_bitsandbytes_would_repack_the_weights_and_ours_stay(tiny_folder):
     folder = tiny_folder("llama", **WIDE)
     config = quantization.quantization_config("nf4", torch.float32, ["lm_head"])
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map={"": "cpu"}
+    )
     ours = load_base(str(folder), "nf4", device="cpu", working_copies=False).model
     for model, repacked in ((plain, True), (ours, False)):
         pretend_avx512(model)
@@ -162,7 +169,8 @@ def test_the_own_forward_of_bitsandbytes_is_never_called(tiny_folder, monkeypatc
 def test_an_encoders_head_stays_dense(tiny_folder):
     base = load_base(str(tiny_folder("bert", **WIDE)), "nf4", device="cpu")
     wrapped = peers.wrap(
-        _dense_encoder(base), peers.config("bert", "lora", "SEQ_CLS", target_modules=["query", "value", "intermediate.dense"])
+        _dense_encoder(base),
+        peers.config("bert", "lora", "SEQ_CLS", target_modules=["query", "value", "intermediate.dense"]),
     )
     twin = Twin(base, wrapped)
     loss, ours = twin.gradients(EXAMPLES["encoder"])

@@ -33,7 +33,9 @@ def test_accuracy_is_counted(tiny_base, family: str, batch: int):
     task = make_task({"type": "classify", "text": "t", "label": "y", "labels": LABELS, "max_length": 64})
     ref = runtime.attach(build.lora(base, 1, labels=3), task)
     alone = [runtime.predict(text, ref)[0].label for text in TEXTS]
-    data = rows(*({"t": text, "y": label if i % 3 else "x"} for i, (text, label) in enumerate(zip(TEXTS, alone, strict=True))))
+    data = rows(
+        *({"t": text, "y": label if i % 3 else "x"} for i, (text, label) in enumerate(zip(TEXTS, alone, strict=True)))
+    )
     seen = []
     found = evaluate(runtime, task, data, ref, seen.append)
     assert found.answers == alone
@@ -48,10 +50,17 @@ def test_accuracy_is_counted(tiny_base, family: str, batch: int):
 def test_exact_match_is_counted(tiny_base, family: str):
     base = tiny_base(family)
     runtime = Runtime(base, Store(), batch_size=3)
-    task = make_task({"type": "instruct", "prompt": "q", "completion": "a", "max_new_tokens": 5, "metrics": ["exact_match"]})
+    task = make_task(
+        {"type": "instruct", "prompt": "q", "completion": "a", "max_new_tokens": 5, "metrics": ["exact_match"]}
+    )
     ref = runtime.attach(build.lora(base, 1), task)
     alone = [runtime.answer(text, ref, max_new_tokens=5)[0] for text in TEXTS]
-    data = rows(*({"q": text, "a": answer if i % 4 else "no"} for i, (text, answer) in enumerate(zip(TEXTS, alone, strict=True))))
+    data = rows(
+        *(
+            {"q": text, "a": answer if i % 4 else "no"}
+            for i, (text, answer) in enumerate(zip(TEXTS, alone, strict=True))
+        )
+    )
     found = evaluate(runtime, task, data, ref)
     assert found.answers == alone
     assert found.metrics == {"exact_match": 6 / 8}
@@ -83,7 +92,9 @@ def test_effect_is_the_largest_change_of_a_logit(tiny_base, family: str):
     for text in (*PROBES, "one more text"):
         ids = base.tokenizer(text, truncation=True, max_length=64)["input_ids"]
         decoder = [ids[:8]] if family == "t5" else None
-        changes.append((runtime.logits([ids], ref, decoder)[0] - runtime.logits([ids], None, decoder)[0]).abs().flatten())
+        changes.append(
+            (runtime.logits([ids], ref, decoder)[0] - runtime.logits([ids], None, decoder)[0]).abs().flatten()
+        )
     assert found["max_logit_change"] == pytest.approx(float(torch.cat(changes).max()), rel=1e-4)
     assert found["mean_logit_change"] == pytest.approx(float(torch.cat(changes).mean()), rel=1e-4)
     assert found["probes"] == len(PROBES) + 1
@@ -108,5 +119,5 @@ def test_an_adapter_that_makes_nan_of_the_logits_is_refused(tiny_base):
     adapter = build.lora(base, 1)
     for name, tensor in adapter.tensors.items():
         tensor.fill_(1e30 if "lora_B" in name else 1e12)
-    with pytest.raises(NoEffect, match="not finite|NaN|infinity"):
+    with pytest.raises(NoEffect, match="not finite"):
         measure_effect(runtime, runtime.attach(adapter))

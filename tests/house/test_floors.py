@@ -32,7 +32,11 @@ LONGEST_FILE, LONGEST_FUNCTION = 350, 60
 def sources() -> dict[str, Path]:
     """Module name -> file, of all code that is installed."""
     found = {}
-    for folder, name in ((ROOT / PACKAGE, PACKAGE), (ROOT / "cli", f"{PACKAGE}.cli"), (ROOT / "recipes", f"{PACKAGE}.recipes")):
+    for folder, name in (
+        (ROOT / PACKAGE, PACKAGE),
+        (ROOT / "cli", f"{PACKAGE}.cli"),
+        (ROOT / "recipes", f"{PACKAGE}.recipes"),
+    ):
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             found[".".join([name, *(p for p in parts if p != "__init__")])] = path
@@ -80,7 +84,8 @@ def test_a_room_imports_lower_floors_only(module: str):
 @pytest.mark.parametrize("room", [room for room, floor in FLOOR.items() if floor <= 2])
 def test_the_lower_floors_load_nothing_heavy(room: str):
     modules = sorted(m for m in SOURCES if room_of(m) == room)
-    code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\nprint([m for m in {HEAVY} if m in sys.modules])"
+    code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(m)\n"
+    code += f"print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -103,7 +108,8 @@ def test_every_public_name_is_there():
 
 CALLS = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {
-    ("torch", "load"), ("torch", "save"), ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("os", "system"),
+    ("torch", "load"), ("torch", "save"), ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"),
+    ("os", "system"),
 }  # fmt: skip
 NAMES = ("pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle")
 ANYWHERE = {"extractall", "unpack_archive", "hotswap_adapter", "mktemp"}
@@ -122,7 +128,9 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
                 yield f"{node.attr} in line {node.lineno}"
         if isinstance(node, ast.keyword) and node.arg in ON and not _is_false(node.value):
             yield f"{node.arg} in line {node.value.lineno}"
-        if isinstance(node, ast.Name | ast.alias) and "AutoPeft" in (getattr(node, "id", "") or getattr(node, "name", "")):
+        if isinstance(node, ast.Name | ast.alias) and "AutoPeft" in (
+            getattr(node, "id", "") or getattr(node, "name", "")
+        ):
             yield "AutoPeft"
 
 
@@ -142,7 +150,8 @@ def test_no_file_does_what_is_forbidden(module: str):
     "code",
     [
         "eval('1')", "exec('1')", "torch.load(p)", "yaml.load(t)", "tar.extractall()", "f(trust_remote_code=True)",
-        "f(trust_remote_code=flag)", "run(c, shell=True)", "from peft import AutoPeftModel", "m.hotswap_adapter()", "np.load(p, allow_pickle=x)",
+        "f(trust_remote_code=flag)", "run(c, shell=True)", "from peft import AutoPeftModel", "m.hotswap_adapter()",
+        "np.load(p, allow_pickle=x)",
     ],
 )  # fmt: skip
 def test_the_check_itself_finds(code: str):
@@ -160,7 +169,8 @@ def test_files_and_functions_are_short(module: str):
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= LONGEST_FUNCTION
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno >= LONGEST_FUNCTION
     ]
     assert not long
 

@@ -45,7 +45,11 @@ def test_the_listed_folders_are_mapped():
     mapped = SETTINGS["tool"]["setuptools"]["package-dir"]
     for package in SETTINGS["tool"]["setuptools"]["packages"]:
         name = max((m for m in mapped if package == m or package.startswith(f"{m}.")), key=len, default=None)
-        where = ROOT / mapped[name] / Path(*package.removeprefix(name).strip(".").split(".")) if name else ROOT / package.replace(".", "/")
+        where = (
+            ROOT / mapped[name] / Path(*package.removeprefix(name).strip(".").split("."))
+            if name
+            else ROOT / package.replace(".", "/")
+        )
         assert where.resolve() == folder_of(package).resolve()
         assert where.is_dir()
 

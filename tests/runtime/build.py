@@ -34,7 +34,9 @@ def lora(base: Base, seed: int, rank: int = 4, *, dora: bool = False, labels: in
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn((n_out, rank), generator=generator) * 0.2
         if dora:
             weight = dense_weight(module, torch.float32)
-            norm = (weight.T if weight.shape == (n_in, n_out) and type(module).__name__ == "Conv1D" else weight).norm(dim=1)
+            norm = (weight.T if weight.shape == (n_in, n_out) and type(module).__name__ == "Conv1D" else weight).norm(
+                dim=1
+            )
             change = 1 + 0.3 * torch.rand(n_out, generator=generator)
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = norm * change
     spec = LoraSpec(

@@ -142,7 +142,11 @@ def test_a_stream_is_the_generated_text(runtime):
 
 
 def test_chat_goes_through_the_bases_template(runtime):
-    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "he"}]
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "he"},
+    ]
     text = "<s>user: hi</s><s>assistant: ho</s><s>user: he</s><s>assistant: "
     assert runtime.chat(talk, max_new_tokens=12) == runtime.generate(text, max_new_tokens=12)[0]
 

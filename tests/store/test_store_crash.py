@@ -88,7 +88,7 @@ def sweep(tmp_path: Path, act: Act, fault: Callable[[int], Failing], start: bool
 def check_fault(path: Path, fs: Failing, error: BaseException, before: object, after: object) -> None:
     assert view(path) in (before, after), f"operation {fs.at} ({fs.kind}) left a mixture"
     out = path.parent / "out"
-    assert not out.exists() or len(list(out.iterdir())) == 3
+    assert not out.exists() or len(list(out.iterdir())) == 4
     if isinstance(error, StoreError) and fs.taking_back:
         assert view(path) == before, f"operation {fs.at} ({fs.kind}) failed, yet published"
     if isinstance(error, StoreFull):

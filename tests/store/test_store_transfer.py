@@ -43,13 +43,23 @@ def peft_folder(tmp_path: Path) -> Path:
 def test_put_export_import_keeps_the_weights(store: Store, tmp_path: Path) -> None:
     first = store.put("sql", lora_files(), Card())
     folder = store.export(first, tmp_path / "deep" / "out")
-    assert sorted(item.name for item in folder.iterdir()) == [CONFIG, WEIGHTS, "card.json"]
+    assert sorted(item.name for item in folder.iterdir()) == [CONFIG, WEIGHTS, "card.json", "manifest.json"]
     second = store.import_(folder, "again")
-    one, two = (store.manifest(ref).files for ref in (first, second))
-    assert one[WEIGHTS] == two[WEIGHTS]
-    assert one[CONFIG] == two[CONFIG]
+    assert store.manifest(first) == store.manifest(second)
+    assert first.digest == second.digest
     assert sorted(item.name for item in (tmp_path / "deep").iterdir()) == ["out"]
     assert_store_sound(store.path)
+
+
+def test_a_card_beside_other_weights_is_not_believed(store: Store, tmp_path: Path) -> None:
+    first = store.put("sql", lora_files(), Card(metrics={"test": {"accuracy": 1.0}}))
+    folder = store.export(first, tmp_path / "out")
+    weights = bytearray((folder / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(bytes(weights))
+    second = store.import_(folder, "again")
+    assert store.card(second).metrics == {}
+    assert store.card(second).origin["ignored"] == ["card.json", "manifest.json"]
 
 
 def test_import_says_where_it_came_from(store: Store, peft_folder: Path) -> None:

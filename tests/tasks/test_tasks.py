@@ -142,12 +142,21 @@ class TestInstruct:
     def test_answers_that_would_be_cut_are_refused(self, kind: str):
         items = rows({"q": "x", "a": "y"}, {"q": "x", "a": "y" * 60}, {"q": "x", "a": "y" * 80})
         task, tokenizer = instruct(), TOKENIZERS[kind]
-        need = max(len(e.ids) if kind == "causal" else len(e.labels) for e in task.examples(items, tokenizer, kind, 999))
+        need = max(
+            len(e.ids) if kind == "causal" else len(e.labels) for e in task.examples(items, tokenizer, kind, 999)
+        )
         assert len(task.examples(items, tokenizer, kind, need)) == 3
         with pytest.raises(DataError, match=r"1 rows.*line 3.*max_length|1 rows are longer"):
             task.examples(items, tokenizer, kind, need - 1)
         with pytest.raises(DataError, match=r"2 rows"):
             task.examples(items, tokenizer, kind, 50)
+
+    def test_an_answer_without_a_token_is_refused(self):
+        """Possible where the tokenizer has no end token; a batch of such rows would have no loss."""
+        tokenizer = tiny.tokenizer()
+        tokenizer.eos_token = None
+        with pytest.raises(DataError, match="line 2: the completion is empty"):
+            instruct().examples(rows({"q": "x", "a": "y"}, {"q": "x", "a": ""}), tokenizer, "causal", 99)
 
     def test_following_the_advice_helps(self):
         items = rows({"q": "x" * 30, "a": "y" * 60})
@@ -208,7 +217,7 @@ class TestClassify:
         (found,) = task.examples(rows({"t": "film {x}", "y": "b"}), tokenizer, "causal", 99)
         assert tokenizer.decode(found.ids) == "<s>user: film {x}?</s><s>assistant: good</s>"
         assert tokenizer.decode([i for i in found.labels if i != IGNORED]) == "good</s>"
-        with pytest.raises(DataError, match="line 1.*max_length 20"):
+        with pytest.raises(DataError, match=r"line 1.*max_length 20"):
             task.examples(rows({"t": "film", "y": "b"}), tokenizer, "causal", 20)
 
     def test_an_encoder_decoder_is_refused(self):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ class Twin:
         self.base = base
         self.peft = {n.replace(".default", ""): p for n, p in wrapped.named_parameters() if p.requires_grad}
         settings = wrapped.peft_config["default"]
-        self.adapter: Trainable = self._prefix(settings) if hasattr(settings, "num_virtual_tokens") else self._lora(settings)
+        self.adapter: Trainable = (
+            self._prefix(settings) if hasattr(settings, "num_virtual_tokens") else self._lora(settings)
+        )
         self.adapter.train(dropout > 0)
         self.head = self._head() if base.kind == "encoder" else None
         self.objective = make_objective(base, self.head, adapts_output=False)
@@ -144,7 +146,9 @@ def peft_gradients(wrapped: Any, twin: Twin, examples: Sequence[Example]) -> tup
         logits = wrapped(input_ids=ids, attention_mask=mask, decoder_input_ids=given).logits
     else:
         logits, labels = wrapped(input_ids=ids, attention_mask=mask).logits, labels[:, 0]
-    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )
     loss.backward()
     return float(loss.detach()), [p.grad for p in twin.peers()]
 

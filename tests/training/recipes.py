@@ -12,7 +12,9 @@ from adapterhub_lite.recipe import Recipe, load_recipe
 WORDS = ["red", "green", "blue", "north", "south", "one", "two", "three", "up", "down"]
 
 
-def write(folder: Path, base: Base, adapter: dict[str, Any], training: dict[str, Any] | None = None, rows: int = 12) -> Path:
+def write(
+    folder: Path, base: Base, adapter: dict[str, Any], training: dict[str, Any] | None = None, rows: int = 12
+) -> Path:
     """A recipe on `base`: classify on an encoder, else instruct."""
     classify = base.kind == "encoder"
     for part, start in (("train", 0), ("validation", 100), ("test", 200)):

@@ -52,7 +52,9 @@ def test_same_logits(tiny_base, tmp_path: Path, recwarn, family: str, kind: str)
     folder = store.export(ref, tmp_path / "out")
     recwarn.clear()
     wrapped = peft_of(folder, base)
-    told = [str(w.message) for w in recwarn if "missing" in str(w.message).lower() or "unexpected" in str(w.message).lower()]
+    told = [
+        str(w.message) for w in recwarn if "missing" in str(w.message).lower() or "unexpected" in str(w.message).lower()
+    ]
     assert told == []
     runtime = Runtime(base, store)
     answers = peers.ANSWERS if base.kind == "seq2seq" else None
@@ -91,9 +93,17 @@ def test_peft_adapts_exactly_the_modules_that_were_trained(tiny_base, tmp_path: 
     path = recipes.write(tmp_path, base, {**LORA, "targets": targets}, {"max_steps": 2})
     ref = train(path, store=store, base=base)
     folder = store.export(ref, tmp_path / "out")
-    ours = {k.removeprefix("base_model.model.").partition(".lora_")[0] for k in load_file(folder / "adapter_model.safetensors") if ".lora_" in k}
+    ours = {
+        k.removeprefix("base_model.model.").partition(".lora_")[0]
+        for k in load_file(folder / "adapter_model.safetensors")
+        if ".lora_" in k
+    }
     wrapped = peft_of(folder, base)
-    theirs = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if hasattr(m, "lora_A") and len(m.lora_A)}
+    theirs = {
+        n.removeprefix("base_model.model.")
+        for n, m in wrapped.named_modules()
+        if hasattr(m, "lora_A") and len(m.lora_A)
+    }
     assert ours == theirs
     heads = ("classifier", "lm_head")
     linear = {
@@ -102,7 +112,9 @@ def test_peft_adapts_exactly_the_modules_that_were_trained(tiny_base, tmp_path: 
         if (isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D") and not n.startswith(heads)
     }
     wanted = [targets] if isinstance(targets, str) else targets
-    expected = linear if targets == "all-linear" else {n for n in linear if any(n == t or n.endswith(f".{t}") for t in wanted)}
+    expected = (
+        linear if targets == "all-linear" else {n for n in linear if any(n == t or n.endswith(f".{t}") for t in wanted)}
+    )
     assert ours == expected
     answers = peers.ANSWERS if base.kind == "seq2seq" else None
     peers.assert_logits_equal(Runtime(base, store).logits(peers.ROWS, ref, answers), peers.logits(wrapped))

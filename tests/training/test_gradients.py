@@ -131,8 +131,9 @@ def test_models_that_change_their_logits_take_the_whole_path(tiny_base, tmp_path
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(
         Gemma2Config(
-            vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=tiny.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
     model.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterhub_lite.errors import DataError, NoEffect, TrainingFailed, Unsupported
+from adapterhub_lite.errors import AdapterHubError, DataError, NoEffect, TrainingFailed, Unsupported
 from adapterhub_lite.events import Evaluated, Step
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
@@ -64,7 +64,9 @@ class TestSchedule:
     def test_the_loop_uses_it(self, tiny_base, tmp_path: Path):
         base, rates = tiny_base("llama"), []
         recipe = recipes.load(tmp_path, base, LORA, {"schedule": "cosine", "warmup": 0.3, "epochs": 2})
-        train_adapter(recipe, base, CAUSAL, on_event=lambda e: rates.append(e.learning_rate) if isinstance(e, Step) else None)
+        train_adapter(
+            recipe, base, CAUSAL, on_event=lambda e: rates.append(e.learning_rate) if isinstance(e, Step) else None
+        )
         assert rates == pytest.approx([0.05 * rate_factor("cosine", i, 6, 0.3) for i in range(6)])
 
 
@@ -97,7 +99,9 @@ class TestBatches:
         padded = sum(max(lengths[i] for i in b) * len(b) for b in epoch_batches(lengths, 16, 0, 0))
         assert padded < 1.15 * sum(lengths)
 
-    @pytest.mark.parametrize(("epochs", "accumulation", "steps"), [(1, 1, 3), (2, 2, 4), (0.5, 1, 2), (3, 4, 3), (0.01, 1, 1)])
+    @pytest.mark.parametrize(
+        ("epochs", "accumulation", "steps"), [(1, 1, 3), (2, 2, 4), (0.5, 1, 2), (3, 4, 3), (0.01, 1, 1)]
+    )
     def test_steps(self, tiny_base, tmp_path: Path, epochs: float, accumulation: int, steps: int):
         base, seen = tiny_base("llama"), []
         recipe = recipes.load(tmp_path, base, LORA, {"epochs": epochs, "gradient_accumulation": accumulation})
@@ -125,19 +129,15 @@ def test_accumulated_batches_are_one_large_batch(tiny_base, tmp_path: Path):
 
 def test_a_step_is_adamw_on_the_clipped_mean_gradient(tiny_base, tmp_path: Path):
     """Three steps by hand with torch's own AdamW on PEFT's module, in the same order of batches."""
-    base = tiny_base("gpt2")
+    base = tiny_base("llama")
     recipe = recipes.load(tmp_path, base, LORA, {"batch_size": 4, "max_grad_norm": 0.5, "weight_decay": 0.1})
     seen = []
     ours = train_adapter(recipe, base, CAUSAL, on_event=lambda e: seen.append(e) if isinstance(e, Step) else None)
     start = train_adapter(replace(recipe, training=replace(recipe.training, learning_rate=1e-30)), base, CAUSAL)
-    wrapped = peers.wrap(peers.plain(base.source.folder, "CAUSAL_LM"), peers.config("gpt2", "lora", "CAUSAL_LM"))
+    wrapped = peers.wrap(peers.plain(base.source.folder, "CAUSAL_LM"), peers.config("llama", "lora", "CAUSAL_LM"))
     named = {n.replace(".default", ""): p for n, p in wrapped.named_parameters() if p.requires_grad}
     for name, parameter in named.items():
         parameter.data = torch.zeros_like(parameter) if "lora_B" in name else start.adapter.tensors[name].clone()
-    wrapped.train()
-    for module in wrapped.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     optimizer = torch.optim.AdamW(named.values(), lr=0.05, weight_decay=0.1)
     batches = epoch_batches([len(e.ids) for e in CAUSAL], 4, recipe.training.seed, 0)
     for step, indices in enumerate(batches):
@@ -157,7 +157,9 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(tiny_base, tmp_path: Path)
         torch.testing.assert_close(ours.adapter.tensors[name], parameter.detach(), rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("adapter", [*ADAPTERS, {"type": "prefix", "tokens": 4, "projection": True}], ids=lambda a: a["type"])
+@pytest.mark.parametrize(
+    "adapter", [*ADAPTERS, {"type": "prefix", "tokens": 4, "projection": True}], ids=lambda a: a["type"]
+)
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_seed_fixes_every_bit(tiny_base, tmp_path: Path, family: str, adapter: dict):
     base = tiny_base(family)
@@ -209,15 +211,6 @@ def test_the_validation_loss_is_that_of_the_runtime(tiny_base, tmp_path: Path):
     runtime.close()
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_training_lowers_the_loss(tiny_base, tmp_path: Path, family: str):
-    base, store = tiny_base(family), Store()
-    for adapter, rate in zip(ADAPTERS, (0.02, 0.02, 0.1), strict=True):
-        path = recipes.write(tmp_path, base, adapter, {"epochs": 8, "learning_rate": rate})
-        losses = store.card(train(path, store=store, base=base)).origin["losses"]
-        assert sum(losses[-3:]) < 0.97 * sum(losses[:3]), adapter
-
-
 class TestFailures:
     """Whatever goes wrong, base, hooks and store are as they were."""
 
@@ -235,24 +228,30 @@ class TestFailures:
         with torch.no_grad():
             assert torch.equal(made.model(input_ids=row).logits, logits)
 
-    @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: a["type"])
-    def test_divergence(self, base, tmp_path: Path, adapter: dict):
+    def diverging(self, folder: Path, base, adapter: dict, **changes):
+        recipe = recipes.load(folder, base, adapter, {"epochs": 3, "schedule": "constant"})
+        return replace(recipe, training=replace(recipe.training, learning_rate=1e30, **changes))
+
+    def test_divergence(self, base, tmp_path: Path):
         store = Store()
-        recipe = recipes.load(tmp_path, base, adapter, {"epochs": 3})
-        recipe = replace(recipe, training=replace(recipe.training, learning_rate=1e30))
         with pytest.raises(TrainingFailed, match="learning_rate"):
-            train(recipe, store=store, base=base)
+            train(self.diverging(tmp_path, base, LORA), store=store, base=base)
         assert store.names() == []
 
     @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: a["type"])
-    def test_divergence_in_the_very_last_step(self, base, tmp_path: Path, adapter: dict):
-        """No later step would notice: the loss of the only one is finite."""
+    @pytest.mark.parametrize("steps", [1, None])
+    def test_nothing_that_is_not_finite_is_published(self, base, tmp_path: Path, adapter: dict, steps):
+        """With one step no later one notices. A normalised model may bear even such a DoRA or prefix."""
         store = Store()
-        recipe = recipes.load(tmp_path, base, adapter)
-        recipe = replace(recipe, training=replace(recipe.training, learning_rate=1e30, max_steps=1, schedule="constant"))
-        with pytest.raises((TrainingFailed, ValueError)):
-            train(recipe, store=store, base=base)
-        assert store.names() == []
+        try:
+            ref = train(self.diverging(tmp_path, base, adapter, max_steps=steps), store=store, base=base)
+        except AdapterHubError:
+            assert store.names() == []
+            return
+        assert adapter["type"] != "lora", "its logits cannot be finite"
+        runtime = Runtime(base, store)
+        assert all(torch.isfinite(one).all() for one in runtime.logits(peers.ROWS, ref))
+        runtime.close()
 
     @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: a["type"])
     @pytest.mark.parametrize("at", [1, 3])
