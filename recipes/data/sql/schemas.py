@@ -412,7 +412,7 @@ TEST_TABLES = (
            _number("price", "price", 18, 260, 2, "cost {} euros", superlatives="most expensive/cheapest"),
            _date("launched", "launch date", "were launched {}", 2001, 2022), with_id=False),
     _table("shipwrecks", "shipwreck", _names("Santa,Lady,Captain,Queen,Duke", "Isabel,Morgan,Helena,Drake"),
-           _text("sea", "sea", "lie in the {} Sea", "Baltic,Black,Red,Coral"),
+           _text("sea", "sea", "lie in the {}", "Baltic Sea,Black Sea,Red Sea,Coral Sea"),
            _number("depth", "depth", 6, 420, 2, "lie {} metres deep", "greatest/smallest", "deepest/shallowest"),
            _number("cargo_value", "cargo value", 5000, 990000, 5000, "", additive=True),
            _year("sank", "sinking year", "sank {}", 1590, 1945)),
