@@ -35,7 +35,24 @@ _PUBLIC = {
     "train": "workflows.train",
 }
 
-__all__ = [*sorted(_PUBLIC), "__version__"]
+__all__ = [
+    "AdapterHubError",
+    "Base",
+    "Card",
+    "MergeReport",
+    "Prediction",
+    "Recipe",
+    "Ref",
+    "Runtime",
+    "Sampling",
+    "Store",
+    "__version__",
+    "evaluate",
+    "load_base",
+    "load_recipe",
+    "merge",
+    "train",
+]
 
 if TYPE_CHECKING:
     from .bases.load import Base, load_base

@@ -1,1 +1,1 @@
-"""Benchmarks: ours and the peer in one process, in turn, the same work, medians; each prints ratio, versions, machine."""
+"""Benchmarks: ours and the peer in one process, in turn, same work, medians; each prints ratio, versions, machine."""

@@ -67,7 +67,9 @@ def _compare(
         return runtime.generate_ids(prompts, ours, NEW_TOKENS)
 
     with torch.inference_mode():
-        expected = [runtime.base.tokenizer.decode(r, skip_special_tokens=True) for r in peer_generate()[:, ids.shape[1] :]]
+        expected = [
+            runtime.base.tokenizer.decode(r, skip_special_tokens=True) for r in peer_generate()[:, ids.shape[1] :]
+        ]
         equal = sum(a == b for a, b in zip(our_generate(), expected, strict=True))
         seconds = in_turn({"ours": our_generate, "peer": peer_generate}, ROUNDS)
     print_row(f"{title} ({equal} of {len(prompts)} rows give the same text)", seconds["ours"], seconds["peer"])

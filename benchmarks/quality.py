@@ -55,7 +55,10 @@ def _report(name: str, who: str, runs: list[tuple[float, float]]) -> None:
     accuracies = [a for a, _ in runs]
     seconds = statistics.median(s for _, s in runs)
     shown = " ".join(f"{a:.3f}" for a in accuracies)
-    print(f"   {name:<10}{who:<16} accuracy {statistics.mean(accuracies):.4f} ({shown}), {seconds:.0f} s a run", flush=True)
+    print(
+        f"   {name:<10}{who:<16} accuracy {statistics.mean(accuracies):.4f} ({shown}), {seconds:.0f} s a run",
+        flush=True,
+    )
 
 
 def _ours(folder: Path, name: str, data: Path, seed: int, base: Base) -> tuple[float, float]:
@@ -95,9 +98,12 @@ def _peer(data: Path, seed: int, base: Base) -> tuple[float, float]:
     with TemporaryDirectory() as out:
         arguments = TrainingArguments(
             out, num_train_epochs=3, per_device_train_batch_size=32, per_device_eval_batch_size=64, seed=seed,
-            learning_rate=1e-3, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
+            learning_rate=1e-3, report_to=[], save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, use_cpu=True,
         )  # fmt: skip
-        trainer = Trainer(peft, arguments, train_dataset=encoded(train_rows), data_collator=DataCollatorWithPadding(base.tokenizer))
+        trainer = Trainer(
+            peft, arguments, train_dataset=encoded(train_rows), data_collator=DataCollatorWithPadding(base.tokenizer)
+        )
         trainer.train()
         logits = torch.tensor(trainer.predict(encoded(test_rows)).predictions)
     expected = torch.tensor([labels.index(str(r["label"])) for r in test_rows])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -44,7 +46,7 @@ def main() -> None:
         runtime.close()
 
 
-def _loads(runtime: Runtime, peer: PeftModel, refs: list[str], folders: list) -> None:  # type: ignore[type-arg]
+def _loads(runtime: Runtime, peer: PeftModel, refs: list[str], folders: list[Path]) -> None:
     """From files in the page cache to the first logits, one adapter after another."""
     ids = list(runtime.base.tokenizer("The ferry leaves at seven.")["input_ids"])
     tensor = torch.tensor([ids])
@@ -61,10 +63,14 @@ def _loads(runtime: Runtime, peer: PeftModel, refs: list[str], folders: list) ->
             expected = peer(tensor).logits[0]
         theirs.append(time.perf_counter() - begun)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-    print_row("load to first logits (use / load_adapter low_cpu_mem_usage)", statistics.median(ours), statistics.median(theirs))
+    print_row(
+        "load to first logits (use / load_adapter low_cpu_mem_usage)",
+        statistics.median(ours),
+        statistics.median(theirs),
+    )
 
 
-def _many(work, times: int) -> None:  # type: ignore[no-untyped-def]
+def _many(work: Callable[[], object], times: int) -> None:
     for _ in range(times):
         work()
 

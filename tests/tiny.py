@@ -47,7 +47,9 @@ def tokenizer(kind: str = "causal") -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     if kind == "encoder":
-        raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     if kind == "seq2seq":
         raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     made = PreTrainedTokenizerFast(
@@ -63,7 +65,9 @@ def model(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     torch.manual_seed(seed)
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if family == "llama":
-        config: Any = LlamaConfig(**{**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 512, **ids, **changes})
+        config: Any = LlamaConfig(
+            **{**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 512, **ids, **changes}
+        )
         made: Any = LlamaForCausalLM(config)
     elif family == "gpt2":
         config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, **ids, **changes)
@@ -76,8 +80,15 @@ def model(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
         made = RobertaForSequenceClassification(config)
     else:
         config = T5Config(
-            vocab_size=VOCABULARY, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8,
-            decoder_start_token_id=0, **ids, **changes,
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            d_kv=8,
+            decoder_start_token_id=0,
+            **ids,
+            **changes,
         )
         made = T5ForConditionalGeneration(config)
     for parameter in made.parameters():

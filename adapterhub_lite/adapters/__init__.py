@@ -1,5 +1,5 @@
 """Adapters: what is trained, stored, swapped and merged.
 
-Takes: a spec and its tensors, and the modules of a base. Gives: `Adapter` and its fitted forms (LoRA, DoRA, prefix, head).
+Takes: a spec, its tensors, the modules of a base. Gives: `Adapter` and its fitted forms (LoRA, DoRA, prefix, head).
 Never: guesses a transpose, a missing key or a scale; a tensor fits exactly or is refused.
 """

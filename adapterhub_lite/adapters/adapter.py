@@ -66,4 +66,6 @@ def check_finite(tensors: dict[str, torch.Tensor], name: str) -> None:
         if not tensor.is_floating_point():
             raise AdapterMismatch(f"{name}: tensor {key} is {tensor.dtype}, not floating point.", "Train it again.")
         if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
-            raise AdapterMismatch(f"{name}: tensor {key} holds NaN or infinity.", "The training diverged; do not use it.")
+            raise AdapterMismatch(
+                f"{name}: tensor {key} holds NaN or infinity.", "The training diverged; do not use it."
+            )

@@ -103,15 +103,15 @@ def fit(adapter: Adapter, target: Target) -> Fitted:
     else:
         others = dict(adapter.tensors)
         if "prompt_embeddings" not in others:
-            raise AdapterMismatch(f"{adapter.name}: the file holds no prompt_embeddings.", "It is not a prefix adapter.")
+            raise AdapterMismatch(
+                f"{adapter.name}: the file holds no prompt_embeddings.", "It is not a prefix adapter."
+            )
         prefix = fit_prefix(spec, others.pop("prompt_embeddings").float(), prefix_shape(target.config))
         sites, head = {}, _fit_head(others, "base_model.", target, adapter)
     return Fitted(adapter.name, adapter.digest, spec.task_type, sites, prefix, head, len(adapter.tensors))
 
 
-def _fit_head(
-    tensors: dict[str, torch.Tensor], prefix: str, target: Target, adapter: Adapter
-) -> nn.Module | None:
+def _fit_head(tensors: dict[str, torch.Tensor], prefix: str, target: Target, adapter: Adapter) -> nn.Module | None:
     if not tensors:
         return None
     start = f"{prefix}{target.head_name}."

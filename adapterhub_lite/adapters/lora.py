@@ -20,7 +20,9 @@ from ..formats.peft_config import LoraSpec
 from .sites import features, is_conv1d, is_linear, matches
 
 PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?)")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?)"
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def fit_lora(
 
 
 def lora_scaling(spec: LoraSpec, module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732), with the module's own alpha where it has one."""
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732); a module may have its own alpha."""
     return spec.scaling(module, rank)
 
 
@@ -101,9 +103,7 @@ def _mismatches(
     return problems
 
 
-def _site_problem(
-    spec: LoraSpec, name: str, part: Mapping[str, torch.Tensor], module: nn.Module | None
-) -> str | None:
+def _site_problem(spec: LoraSpec, name: str, part: Mapping[str, torch.Tensor], module: nn.Module | None) -> str | None:
     if module is None:
         return f"{name} does not exist here"
     if not is_linear(module):

@@ -49,7 +49,8 @@ def select_sites(
     if unmatched:
         known = sorted({name.rpartition(".")[2] for name in sites})
         raise Unsupported(
-            f"Target {unmatched[0]!r} matches no linear layer of this base.", f"It has: {', '.join(known)}; or all-linear."
+            f"Target {unmatched[0]!r} matches no linear layer of this base.",
+            f"It has: {', '.join(known)}; or all-linear.",
         )
     return chosen
 

@@ -1,7 +1,7 @@
 """Model inputs for a batch whose rows have prefixes of different lengths, or none.
 
-Physical layout of the keys of one row: [prefix slots, left-padded][prompt, padded][generated]. Masked slots take no part
-in attention, and position ids count each row's own tokens, so a row sees what it would see alone.
+Physical layout of the keys of one row: [prefix slots, left-padded][prompt, padded][generated]. Masked slots take no
+part in attention, and position ids count each row's own tokens, so a row sees what it would see alone.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def seq2seq_inputs(
         "use_cache": use_cache,
     }
     if prefix is not None and not prefix.uniform:
-        raise Unsupported("Encoder-decoder rows with prefixes of different lengths cannot share a batch.", "Split them.")
+        raise Unsupported(
+            "Encoder-decoder rows with prefixes of different lengths cannot share a batch.", "Split them."
+        )
     if prefix is not None or use_cache:
         arguments["past_key_values"] = new_cache(prefix, encoder_decoder=True)
     return arguments
@@ -120,5 +122,13 @@ def seq2seq_inputs(
 
 def _position_offset(config: Any) -> int | None:
     """padding_idx of models that number positions as RoBERTa does, else None."""
-    families = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "data2vec-text", "roberta-prelayernorm", "xmod")
+    families = (
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "xlm-roberta-xl",
+        "data2vec-text",
+        "roberta-prelayernorm",
+        "xmod",
+    )
     return int(config.pad_token_id) if config.model_type in families else None

@@ -94,7 +94,7 @@ def load_base(
         quantize: none, int8 or nf4.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16, for activations and weights that are not quantised.
-        working_copies: on a CPU, keep dequantised copies of quantised weights (faster, same bits); None: if memory allows.
+        working_copies: on a CPU, keep dequantised weights (faster, same bits); None: if memory allows.
 
     Raises:
         BaseUnavailable: no source has it, or the checkpoint is incomplete, remote code or pickle.
@@ -117,11 +117,10 @@ def load_base(
             keep = keep_working_copies(model) if working_copies is None else working_copies
             copies = make_exact_on_cpu(model, DTYPES[choices["dtype"].value], keep)
         mark = fingerprint(source.folder, tokenizer, quantize, cache_root() / "fingerprints.json")
-    base = Base(
-        source.name, kind, model, tokenizer, quantize, source, mark, choices, measure(model, copies)
-    )
+    base = Base(source.name, kind, model, tokenizer, quantize, source, mark, choices, measure(model, copies))
     if kind == "encoder":
-        base.view()  # the checkpoint's own head makes room for the slot now, so that the model's tensors never change later
+        # The checkpoint's own head makes room for the slot now, so that the model's tensors never change later.
+        base.view()
     on_event(Note(f"{base.name}: fingerprint {mark.digest[:12]}, {base.memory}"))
     return base
 
@@ -131,7 +130,9 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise BaseUnavailable(f"{folder / 'config.json'} names no model_type.", "Is this a transformers checkpoint?")
     if "auto_map" in config:
-        raise BaseUnavailable(f"{folder} needs code of its own (auto_map).", "Remote code is never run; use another base.")
+        raise BaseUnavailable(
+            f"{folder} needs code of its own (auto_map).", "Remote code is never run; use another base."
+        )
     if "quantization_config" in config:
         raise Unsupported(f"{folder} is quantised already.", "Use the original checkpoint with quantize=nf4 or int8.")
     return config

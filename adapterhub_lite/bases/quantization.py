@@ -50,7 +50,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight of a linear site as a dense tensor [out, in] ([in, out] for transformers' Conv1D), dequantised if needed.
+    """The weight of a linear site as a dense tensor [out, in] ([in, out] for Conv1D), dequantised if needed.
 
     `dtype` defaults to the dtype the layer computes in; a kept working copy of that dtype is returned as it is.
     """

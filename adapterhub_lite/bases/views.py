@@ -33,10 +33,13 @@ def kind_of(config: Mapping[str, Any]) -> str:
     from transformers.models.auto import modeling_auto as auto
 
     model_type = str(config.get("model_type"))
-    if any(n.endswith(("Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining")) for n in names):
-        if model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            return "encoder"
-    if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    encoder_classes = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining")
+    if any(n.endswith(encoder_classes) for n in names) and model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if (
+        model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    ):
         return "causal"
     if model_type in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         return "encoder"
@@ -181,7 +184,9 @@ def _classifier_around(model: Any) -> View:
         with torch.device("meta"):
             shell = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
-        raise Unsupported(f"{type(model).__name__} has no sequence-classification class.", "Use another base.") from error
+        raise Unsupported(
+            f"{type(model).__name__} has no sequence-classification class.", "Use another base."
+        ) from error
     prefix = shell.base_model_prefix
     if isinstance(getattr(model, prefix, None), nn.Module):
         setattr(shell, prefix, getattr(model, prefix))
@@ -201,4 +206,3 @@ def _is_output(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a head parameter belongs to its last layer (the only one when there is one)."""
     modules = list(dict.fromkeys(n.rpartition(".")[0] for n in expected))
     return name.rpartition(".")[0] == modules[-1]
-

@@ -41,7 +41,9 @@ def measure_effect(runtime: Runtime, adapter: str | Ref, texts: Sequence[str] = 
     if not math.isfinite(largest):
         raise NoEffect(f"{adapter} makes logits of {runtime.base.name} that are not finite.", "The training diverged.")
     if largest == 0.0:
-        raise NoEffect(f"{adapter} moves no logit of {runtime.base.name}: it does nothing.", "Train it longer, or anew.")
+        raise NoEffect(
+            f"{adapter} moves no logit of {runtime.base.name}: it does nothing.", "Train it longer, or anew."
+        )
     return {"max_logit_change": largest, "mean_logit_change": float(change.mean()), "probes": len(rows)}
 
 

@@ -91,7 +91,9 @@ def index_json(shards: dict[str, list[Planned]]) -> bytes:
     """model.safetensors.index.json of several shards."""
     total = sum(t.nbytes for tensors in shards.values() for t in tensors)
     where = {t.name: file for file, tensors in shards.items() for t in tensors}
-    return (json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True) + "\n").encode()
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True) + "\n"
+    ).encode()
 
 
 def _header(tensors: list[Planned]) -> bytes:

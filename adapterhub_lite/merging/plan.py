@@ -101,7 +101,9 @@ def _check_options(adapter: Adapter, bake: str, dtype: str) -> None:
     if bake not in BAKES:
         raise Unsupported(f"{bake!r} is not a way to bake.", f"Use {', '.join(BAKES)}.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise Unsupported(f"{dtype!r} is not a dtype of a merged checkpoint.", "Use auto, float32, bfloat16 or float16.")
+        raise Unsupported(
+            f"{dtype!r} is not a dtype of a merged checkpoint.", "Use auto, float32, bfloat16 or float16."
+        )
 
 
 def _skeleton(config: dict[str, Any], task_type: str | None) -> View:
@@ -171,7 +173,9 @@ def _planned(
     info = checkpoint.tensors[name]
     own = DTYPES.get(info.dtype)
     if own is None:
-        raise Unsupported(f"Tensor {name} is {info.dtype}; only floating-point checkpoints are merged.", "Use the original.")
+        raise Unsupported(
+            f"Tensor {name} is {info.dtype}; only floating-point checkpoints are merged.", "Use the original."
+        )
     target = own if dtype == "auto" else getattr(torch, dtype)
     make = partial(_make, checkpoint, name, change, quantization)
     return Planned(name, target, tuple(info.shape), make)

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a merge must keep: mean KL divergence in nats, and the share of tokens with the same likeliest next token."""
+    """What a merge must keep: mean KL divergence (nats), and the share of tokens with the same next token."""
 
     max_kl: float = 0.02
     min_top1: float = 0.97
@@ -64,8 +64,8 @@ class MergeReport:
         d = self.difference
         kind = f"{self.bake} {self.quantization} weights" if self.quantization != "none" else "the checkpoint's weights"
         return [
-            f"{self.adapter} merged into {self.base} ({kind}): {self.changed_tensors} of {self.tensors} tensors changed, "
-            f"{self.bytes / 1e6:,.0f} MB, {self.seconds:.1f} s",
+            f"{self.adapter} merged into {self.base} ({kind}): {self.changed_tensors} of {self.tensors} tensors "
+            f"changed, {self.bytes / 1e6:,.0f} MB, {self.seconds:.1f} s",
             f"against base + adapter over {d.tokens} tokens: largest logit difference {d.max_logit:.3g}, "
             f"mean {d.mean_logit:.3g}, KL {d.mean_kl:.2g} nats, same next token {d.top1_agreement:.1%}",
             f"{'passed' if self.passed else 'FAILED'} (KL <= {self.thresholds.max_kl:g}, "

@@ -1,4 +1,4 @@
-"""Bring a stored adapter into memory, fitted to this base: verified bytes, the right base, every tensor in its place."""
+"""Bring a stored adapter into memory: verified bytes, the right base, every tensor in its place."""
 
 from __future__ import annotations
 

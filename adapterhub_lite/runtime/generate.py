@@ -53,7 +53,9 @@ def decode(
                 tokens = sampler(state.step())
             hooks.plan = {}
             alive = ~torch.isin(tokens, ends)
-            yield [(row, int(t)) for row, t, a in zip(rows, tokens.tolist(), alive.tolist(), strict=True) if a and row >= 0]
+            yield [
+                (row, int(t)) for row, t, a in zip(rows, tokens.tolist(), alive.tolist(), strict=True) if a and row >= 0
+            ]
             rows = [row if a else -1 for row, a in zip(rows, alive.tolist(), strict=True)]
             finished = sum(row < 0 for row in rows)
             if finished == len(rows) or step + 1 == max_new_tokens:

@@ -35,8 +35,8 @@ def label_word_logits(
 ) -> list[torch.Tensor]:
     """How likely each label's word is after each prompt: one tensor [labels] a row, to take a softmax of.
 
-    The first token decides where a row's words all begin differently; otherwise the row's whole words are scored. Which of
-    the two is each row's own affair; one forward is enough where no row needs its whole words.
+    The first token decides where a row's words all begin differently; otherwise the row's whole words are scored. Which
+    of the two is each row's own affair; one forward is enough where no row needs its whole words.
 
     Args:
         words: for each row, the token ids of its labels' words.
@@ -54,7 +54,7 @@ def label_word_logits(
 
 
 def _word_score(logits: torch.Tensor, word: list[int], whole: bool) -> torch.Tensor:
-    """Sum of log-probabilities of `word`, the last tokens of the sequence that gave `logits`; or its first token's logit."""
+    """Sum of log-probabilities of `word`, the last tokens of what gave `logits`; or its first token's logit."""
     if not whole:
         return logits[-len(word) - 1, word[0]].float()
     steps = logits[-len(word) - 1 : -1].float().log_softmax(-1)

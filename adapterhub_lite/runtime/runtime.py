@@ -94,7 +94,8 @@ class Runtime:
         """Free an adapter's slot."""
         with self._lock:
             resolved = self._resolve(ref)
-            assert resolved is not None and resolved.digest is not None
+            assert resolved is not None
+            assert resolved.digest is not None
             if not self._slots.drop(resolved.digest):
                 raise NotFound(f"{resolved} is not resident.", f"Resident: {', '.join(self.resident()) or 'none'}.")
             self._composer.forget(resolved.digest)
@@ -197,7 +198,9 @@ class Runtime:
         text = TextStream(self.base.tokenizer, stop)
         with self._lock, self._plan([row]) as plan:
             self._check_lengths(plan, [ids], max_new_tokens)
-            for pairs in decode(self.base, self._hooks, plan, [ids], Sampler(sampling or Sampling(), [0]), max_new_tokens):
+            for pairs in decode(
+                self.base, self._hooks, plan, [ids], Sampler(sampling or Sampling(), [0]), max_new_tokens
+            ):
                 for _, token in pairs:
                     if piece := text.push(token):
                         yield piece
@@ -276,7 +279,8 @@ class Runtime:
     def task(self, ref: str | Ref) -> Task | None:
         """The task a stored adapter was trained for, if its card says."""
         resolved = self._resolve(ref)
-        assert resolved is not None and resolved.digest is not None
+        assert resolved is not None
+        assert resolved.digest is not None
         if resolved.digest not in self._tasks:
             config = self.store.card(resolved).task
             self._tasks[resolved.digest] = make_task(config) if config.get("type") else None
@@ -366,12 +370,14 @@ class Runtime:
             with self._plan([rows[i] for i in part]) as plan:
                 logits = class_logits(self.base, self._hooks, plan, [ids[i] for i in part])
                 for i, row, one in zip(part, plan.rows, logits, strict=True):
-                    assert row is not None and row.head is not None
+                    assert row is not None
+                    assert row.head is not None
                     made[i] = from_logits(one, self._labels(rows[i], row))
         return [made[i] for i in range(len(texts))]
 
     def _labels(self, ref: Ref | None, fitted: Fitted) -> list[str]:
-        assert ref is not None and fitted.head is not None
+        assert ref is not None
+        assert fitted.head is not None
         task = self.task(ref)
         if isinstance(task, Classify) and task.labels:
             return task.labels
@@ -384,7 +390,9 @@ class Runtime:
         if row is not None and (prefix := self._fitted(row).prefix):
             limit -= prefix.tokens
         if task is not None:
-            return task.encode(text, self.base.tokenizer, "encoder", min(limit, int(task.config.get("max_length") or limit)))
+            return task.encode(
+                text, self.base.tokenizer, "encoder", min(limit, int(task.config.get("max_length") or limit))
+            )
         return list(self.base.tokenizer(text, truncation=True, max_length=limit)["input_ids"])
 
     def _predict_words(self, texts: list[str], rows: list[Ref | None]) -> list[Prediction]:
@@ -424,7 +432,9 @@ class Runtime:
         return prompt_ids(self.base.tokenizer, text)
 
     def _position_limit(self) -> int | None:
-        limit = getattr(self.base.config, "max_position_embeddings", None) or getattr(self.base.config, "n_positions", None)
+        limit = getattr(self.base.config, "max_position_embeddings", None) or getattr(
+            self.base.config, "n_positions", None
+        )
         if self.base.config.model_type in ("roberta", "xlm-roberta", "camembert") and limit:
             return int(limit) - int(self.base.config.pad_token_id) - 1
         return limit if self.base.kind != "seq2seq" else None
@@ -441,4 +451,3 @@ class Runtime:
                     f"{before} + {new_tokens} new ones exceed this base's {limit} positions.",
                     "Shorten the prompt or lower max_new_tokens.",
                 )
-

@@ -21,7 +21,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.temperature < float("inf")):
-            raise Unsupported(f"temperature {self.temperature} is not a number from 0 up.", "0 is greedy, 0.7 is usual.")
+            raise Unsupported(
+                f"temperature {self.temperature} is not a number from 0 up.", "0 is greedy, 0.7 is usual."
+            )
         if not (0.0 < self.top_p <= 1.0) or self.top_k < 0:
             raise Unsupported(f"top_p {self.top_p} / top_k {self.top_k}.", "Use 0 < top_p <= 1 and top_k >= 0.")
 

@@ -47,7 +47,9 @@ class SiteBatch:
         """out = W x [rows, ..., out] -> the adapted output; changes `out` in place."""
         per_row = [t for t in (self.drop, self.gain, self.bias) if t is not None and t.shape[0] > 1]
         if any(t.shape[0] != x.shape[0] for t in per_row):
-            raise Unsupported(f"{type(module).__name__} does not see the batch row by row.", "Use one adapter per batch.")
+            raise Unsupported(
+                f"{type(module).__name__} does not see the batch row by row.", "Use one adapter per batch."
+            )
         hidden = F.linear(x, self.down)
         if self.drop is not None:
             hidden.masked_fill_(_over_tokens(self.drop, x), 0.0)

@@ -41,7 +41,9 @@ class Classify:
         if not self.labels:
             self.config["labels"] = sorted(seen)
         if len(self.labels) < 2:
-            raise DataError(f"{train.source}: {len(self.labels)} label(s) in field {self.config['label']!r}.", "Two at least.")
+            raise DataError(
+                f"{train.source}: {len(self.labels)} label(s) in field {self.config['label']!r}.", "Two at least."
+            )
         self.targets(train)
 
     def targets(self, rows: Rows) -> list[int]:

@@ -50,8 +50,12 @@ class Instruct:
             prompt = self.encode(text, tokenizer, kind, max_length)
             answer = completion_ids(tokenizer, str(rows.field(i, self.config["completion"])))
             if not answer:
-                raise DataError(f"{rows.source}, line {rows.lines[i]}: the completion is empty.", "Nothing can be learnt from it.")
-            if max(len(prompt), len(answer)) > max_length or (kind == "causal" and len(prompt) + len(answer) > max_length):
+                raise DataError(
+                    f"{rows.source}, line {rows.lines[i]}: the completion is empty.", "Nothing can be learnt from it."
+                )
+            if max(len(prompt), len(answer)) > max_length or (
+                kind == "causal" and len(prompt) + len(answer) > max_length
+            ):
                 too_long.append((len(prompt) + len(answer), rows.lines[i]))
             if kind == "causal":
                 made.append(Example([*prompt, *answer], [*[IGNORED] * len(prompt), *answer]))

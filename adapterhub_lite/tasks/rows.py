@@ -92,7 +92,9 @@ def read_hub(hub: str, split: str, config: str | None = None, revision: str | No
     if not rows:
         raise DataError(f"Dataset {hub!r} ({split}) holds no rows.", "Check the split.")
     text = "\n".join(json.dumps(row, sort_keys=True, default=str) for row in rows)
-    return Rows(rows, tuple(range(1, len(rows) + 1)), f"{hub}:{split}", hashlib.sha256(text.encode()).hexdigest(), False)
+    return Rows(
+        rows, tuple(range(1, len(rows) + 1)), f"{hub}:{split}", hashlib.sha256(text.encode()).hexdigest(), False
+    )
 
 
 def _parse(line: bytes, path: Path, number: int) -> Row:

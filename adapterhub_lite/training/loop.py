@@ -1,4 +1,4 @@
-"""The training loop: batches, gradients, AdamW, schedule, progress. Knows parameters and examples, not stores or files."""
+"""The training loop: batches, gradients, AdamW, schedule, progress. Knows parameters and examples, not stores."""
 
 from __future__ import annotations
 

@@ -100,7 +100,11 @@ class _LanguageModel:
         if base.kind == "seq2seq":
             start = torch.full_like(labels[:, :1], base.config.decoder_start_token_id)
             given = torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, base.pad_id)], 1)
-            return seq2seq_inputs(ids, mask, given, prefix, use_cache=False), labels, tokens + int((labels != IGNORED).sum())
+            return (
+                seq2seq_inputs(ids, mask, given, prefix, use_cache=False),
+                labels,
+                tokens + int((labels != IGNORED).sum()),
+            )
         shifted = torch.full_like(labels, IGNORED)
         shifted[:, :-1] = labels[:, 1:]
         if not shared:

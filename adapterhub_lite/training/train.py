@@ -125,7 +125,13 @@ def _new_prefix(
     config: PrefixAdapter, base: Base, common: dict[str, Any], generator: torch.Generator, start_text: str
 ) -> TrainablePrefix:
     shape = prefix_shape(base.config)
-    if base.kind == "encoder" and base.config.model_type not in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
+    if base.kind == "encoder" and base.config.model_type not in (
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "camembert",
+        "electra",
+    ):
         raise Unsupported(f"{base.config.model_type} takes no prefix.", "Use adapter.type: lora.")
     spec = PrefixSpec(
         num_virtual_tokens=config.tokens,

@@ -69,8 +69,10 @@ def run_demo(
     figures["frozen"] = {"digest_before": figures["base"]["live_digest"], "digest_after": base.live_digest()}
     unmoved = figures["frozen"]["digest_before"] == figures["frozen"]["digest_after"]
     figures["seconds"] = round(time.perf_counter() - started, 1)
-    say(f"\nThe base {'did not move' if unmoved else 'MOVED'}: its weights' digest is {base.live_digest()[:12]} "
-        f"{'before and after' if unmoved else 'now'}. Took {figures['seconds']:.0f} s.")
+    say(
+        f"\nThe base {'did not move' if unmoved else 'MOVED'}: its weights' digest is {base.live_digest()[:12]} "
+        f"{'before and after' if unmoved else 'now'}. Took {figures['seconds']:.0f} s."
+    )
     _say_next(store, figures["merge"]["out"], say)
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -111,11 +113,15 @@ def _train(name: str, store: Store, base: Base, say: Print, on_event: Listener) 
     ref = train(recipe, store=store, base=base, on_event=on_event)
     card = store.card(ref)
     origin = card.origin
-    say(f"\n{2 + RECIPES.index(name)}. Trained and stored {ref}  ({card.adapter['type']}, "
-        f"{card.adapter['parameters']:,} parameters, {card.adapter['bytes'] / 1e6:.1f} MB)")
-    say(f"   {origin['steps']} steps, {origin['tokens']:,} tokens in {origin['training_seconds']:.0f} s "
+    say(
+        f"\n{2 + RECIPES.index(name)}. Trained and stored {ref}  ({card.adapter['type']}, "
+        f"{card.adapter['parameters']:,} parameters, {card.adapter['bytes'] / 1e6:.1f} MB)"
+    )
+    say(
+        f"   {origin['steps']} steps, {origin['tokens']:,} tokens in {origin['training_seconds']:.0f} s "
         f"({origin['tokens'] / origin['training_seconds']:.0f} tokens/s), "
-        f"loss {origin['losses'][0]:.2f} -> {statistics.mean(origin['losses'][-10:]):.2f}")
+        f"loss {origin['losses'][0]:.2f} -> {statistics.mean(origin['losses'][-10:]):.2f}"
+    )
     say(f"   moves logits by up to {card.effect['max_logit_change']:.1f}; digest {(ref.digest or '')[:12]}")
     task = make_task(recipe_dict(recipe)["task"])
     rows = read_data(recipe)
@@ -164,7 +170,7 @@ def _swap(runtime: Runtime, subjects: dict[str, _Subject], say: Print) -> dict[s
         ids = asked if ref is sentiment.ref else sql.task.encode(question, runtime.base.tokenizer, "causal", 0)
         text = runtime.generate_ids([ids], ref, 40)[0]
         answers.append({"adapter": str(ref) if ref else None, "swap_microseconds": micros, "answer": text})
-        say(f"   {str(ref or 'base'):<14}{micros:>6.1f} us   {' '.join(text.split())[:84]}")
+        say(f"   {ref or 'base'!s:<14}{micros:>6.1f} us   {' '.join(text.split())[:84]}")
     runtime.use(None)
     return {"steps": answers}
 
@@ -200,7 +206,7 @@ def _mix(runtime: Runtime, subjects: dict[str, _Subject], say: Print) -> dict[st
     equal = sum(a == b for a, b in zip(mixed, alone, strict=True))
     say(f"\n6. One batch of {len(rows)} rows (4 sql, 4 sentiment, 3 without adapter) in {seconds:.2f} s")
     for row in (0, 1, len(rows) - 3):
-        say(f"   {str(rows[row] or 'base'):<14}{' '.join(mixed[row].split())[:98]}")
+        say(f"   {rows[row] or 'base'!s:<14}{' '.join(mixed[row].split())[:98]}")
     say(f"   {equal} of {len(rows)} rows equal their solo answers, token for token")
     return {"rows": len(rows), "equal": equal, "seconds": round(seconds, 3), "answers": mixed, "solo": alone}
 
@@ -216,8 +222,10 @@ def _merge(store: Store, base: Base, sql: _Subject, say: Print, on_event: Listen
         answers = plain_answers(out, base, sql.task, sql.test, on_event)
     merged = dict(sql.task.metrics(sql.test, answers))
     metric = sql.metric
-    say(f"   {metric} on {len(sql.test)} test rows: base + adapter {sql.scores[metric]:.1%}, merged {merged[metric]:.1%} "
-        f"(difference {merged[metric] - sql.scores[metric]:+.1%})")
+    say(
+        f"   {metric} on {len(sql.test)} test rows: base + adapter {sql.scores[metric]:.1%}, "
+        f"merged {merged[metric]:.1%} (difference {merged[metric] - sql.scores[metric]:+.1%})"
+    )
     return {**report.to_dict(), "metrics": merged}
 
 
@@ -262,5 +270,5 @@ def _new_folder(parent: Path, name: str) -> Path:
 def _say_next(store: Store, merged: str, say: Print) -> None:
     say(f"\nThe store is {store.path}\nThe merged checkpoint is {merged}\nTry next:")
     say("   ahl list")
-    say('   ahl run --adapter sql "CREATE TABLE boats (id INTEGER, name TEXT, length REAL)\n\nHow many boats are there?"')
+    say(r"   ahl run --adapter sql $'CREATE TABLE boats (id INTEGER, name TEXT, length REAL)\n\nHow many boats are there?'")
     say("   ahl chat")

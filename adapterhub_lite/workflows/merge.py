@@ -117,7 +117,7 @@ def probe_rows(base: Base, card: Card) -> list[list[int]]:
 
 
 def plain_logits(folder: Path, base: Base, rows: list[list[int]], task_type: str | None) -> list[torch.Tensor]:
-    """Logits of a checkpoint folder by plain transformers, in the base's dtype: [tokens, vocabulary] or [labels] a row."""
+    """Logits of a checkpoint folder by plain transformers: [tokens, vocabulary] or [labels] a row."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     classifies = task_type == "SEQ_CLS"
@@ -140,4 +140,3 @@ def plain_logits(folder: Path, base: Base, rows: list[list[int]], task_type: str
 
 def _decoder_rows(base: Base, rows: list[list[int]]) -> list[list[int]] | None:
     return [row[:16] for row in rows] if base.kind == "seq2seq" else None
-

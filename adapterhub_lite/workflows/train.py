@@ -14,7 +14,7 @@ from ..bases.quiet import quiet
 from ..errors import Unsupported
 from ..evaluation.effect import measure_effect
 from ..evaluation.evaluate import evaluate
-from ..events import Evaluated, Listener, Note, Progress, Stage, ignore
+from ..events import Evaluated, Listener, Note, Stage, ignore
 from ..formats.card import Card
 from ..formats.peft_config import LoraSpec
 from ..names import Ref, check_name
@@ -134,7 +134,9 @@ def base_summary(base: Base) -> dict[str, Any]:
 
 def _check_base(plan: Recipe, base: Base) -> None:
     if base.name != plan.base and str(base.source.folder) != str(Path(plan.base).expanduser().absolute()):
-        raise Unsupported(f"The recipe is for base {plan.base}, the loaded one is {base.name}.", "Load the recipe's base.")
+        raise Unsupported(
+            f"The recipe is for base {plan.base}, the loaded one is {base.name}.", "Load the recipe's base."
+        )
     if base.quantization != plan.quantize:
         raise Unsupported(
             f"The recipe asks for quantize: {plan.quantize}, the base is loaded with {base.quantization}.",
@@ -147,7 +149,9 @@ def _describe(task: Task) -> str:
     if isinstance(task, Classify):
         words = ", ".join(task.words)
         return f"Read the text and decide which one of these describes it: {words}. Answer in one word: {words}."
-    return str(task.config.get("system") or "Follow the instruction. Answer with the result alone, without explanation.")
+    return str(
+        task.config.get("system") or "Follow the instruction. Answer with the result alone, without explanation."
+    )
 
 
 def _publish(

@@ -45,7 +45,15 @@ def test_the_demo_runs_and_writes_every_figure(tmp_path, tiny_demo):
     assert figures["merge"]["metrics"].keys() == figures["quality"]["sql"]["adapter"].keys()
     assert set(figures["quality"]) == {"sql", "sentiment"}
     text = "\n".join(said)
-    for heading in ("1. Base", "2. Trained", "3. Trained", "4. On the untouched", "5. Swapping", "6. One batch", "7. Merged"):
+    for heading in (
+        "1. Base",
+        "2. Trained",
+        "3. Trained",
+        "4. On the untouched",
+        "5. Swapping",
+        "6. One batch",
+        "7. Merged",
+    ):
         assert heading in text
     assert text.count("   ahl ") == 3
 

@@ -83,17 +83,53 @@ class Schema:
 
 
 FIRST_NAMES = (
-    "Anna", "Ben", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Kate",
-    "Liam", "Maya", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tara", "Victor",
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Elena",
+    "Felix",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kate",
+    "Liam",
+    "Maya",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tara",
+    "Victor",
 )
 LAST_NAMES = (
-    "Adler", "Baker", "Cole", "Diaz", "Evans", "Fox", "Gray", "Hill", "Irwin", "Jones", "Klein",
-    "Lopez", "Moss", "Novak", "Owens", "Price", "Reed", "Stone", "Turner", "Walsh",
+    "Adler",
+    "Baker",
+    "Cole",
+    "Diaz",
+    "Evans",
+    "Fox",
+    "Gray",
+    "Hill",
+    "Irwin",
+    "Jones",
+    "Klein",
+    "Lopez",
+    "Moss",
+    "Novak",
+    "Owens",
+    "Price",
+    "Reed",
+    "Stone",
+    "Turner",
+    "Walsh",
 )
 
 
 def _pair(words: str) -> tuple[str, str]:
-    """"city/cities" gives both; one word alone takes an s."""
+    """ "city/cities" gives both; one word alone takes an s."""
     singular, _, plural = words.partition("/")
     return singular, plural or singular + "s"
 
@@ -136,8 +172,18 @@ def _number(
 ) -> Column:
     noun, nouns = _pair(words)
     return Column(
-        name, "number", noun, nouns, clause, (), low, high, step,
-        _pair(adjectives), _pair(superlatives) if superlatives else None, additive,
+        name,
+        "number",
+        noun,
+        nouns,
+        clause,
+        (),
+        low,
+        high,
+        step,
+        _pair(adjectives),
+        _pair(superlatives) if superlatives else None,
+        additive,
     )
 
 
