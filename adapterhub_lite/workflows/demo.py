@@ -270,5 +270,5 @@ def _new_folder(parent: Path, name: str) -> Path:
 def _say_next(store: Store, merged: str, say: Print) -> None:
     say(f"\nThe store is {store.path}\nThe merged checkpoint is {merged}\nTry next:")
     say("   ahl list")
-    say(r"   ahl run --adapter sql $'CREATE TABLE boats (id INTEGER, name TEXT, length REAL)\n\nHow many boats are there?'")
+    say(r"   ahl run --adapter sql $'CREATE TABLE boats (id INTEGER, name TEXT)\n\nHow many boats are there?'")
     say("   ahl chat")

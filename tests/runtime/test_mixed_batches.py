@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from adapterhub_lite.errors import AdapterMismatch, CapacityError
 from adapterhub_lite.runtime.runtime import Runtime
+from adapterhub_lite.runtime.sampling import Sampling
 from adapterhub_lite.store import Store
 from tests import peers, tiny
 from tests.runtime import build
@@ -95,6 +96,26 @@ def test_the_zoo_gives_answers_that_differ(zoo, family: str):
     found = [runtime.logits([[5, 6, 7, 8]], refs[k])[0].flatten()[:2] for k in kinds]
     for i, one in enumerate(found):
         assert all(float((one - other).abs().max()) > 1e-3 for other in found[:i]), kinds[i]
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, seed=5)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", [*tiny.CAUSAL, "t5"])
+def test_rows_that_end_early_leave_the_batch_to_the_others(zoo, monkeypatch: pytest.MonkeyPatch, family: str, sampling):
+    """Many tokens end an answer here, so that the batch is cut to its unfinished rows again and again."""
+    runtime, refs = zoo(family)
+    monkeypatch.setattr(runtime.base.model.generation_config, "eos_token_id", [2, *range(6, tiny.VOCABULARY, 9)])
+    kinds = [ZOO[i % len(ZOO)] for i in range(14)]
+    if family == "t5":
+        kinds = [k for k in kinds if not k.startswith("prefix")]  # other prefix lengths are other batches there
+    chosen = [refs[k] for k in kinds]
+    texts = [[5 + i, 200 - 3 * i, *range(30, 30 + i % 5)] for i in range(len(kinds))]
+    written = runtime.generate_ids(texts, chosen, 16, sampling=sampling)
+    solo = []
+    for i, (text, ref) in enumerate(zip(texts, chosen, strict=True)):
+        shifted = None if sampling is None else Sampling(temperature=1.0, seed=5 + i)
+        solo += runtime.generate_ids([text], ref, 16, sampling=shifted)
+    assert written == solo
+    assert len({len(one) for one in solo}) > (1 if sampling is None else 3), "the rows do not end at different times"
 
 
 def test_a_short_row_with_a_prefix_beside_the_longest_text(zoo):

@@ -88,7 +88,9 @@ class TestBatches:
     def test_there_are_as_many_batches_as_the_plan_says(self):
         """Groups are multiples of the batch size, so that only the last batch of all is short."""
         for count in (1, 15, 16, 17, 250, 256, 257, 1000):
-            assert len(list(epoch_batches([1] * count, 16, 0, 0))) == math.ceil(count / 16)
+            batches = list(epoch_batches([1] * count, 16, 0, 0))
+            assert len(batches) == math.ceil(count / 16)
+            assert sorted(i for b in batches for i in b) == list(range(count))
 
     def test_epochs_and_seeds_differ(self):
         found = {str(list(epoch_batches([1] * 50, 8, seed, epoch))) for seed in (0, 1, 2) for epoch in (0, 1, 2)}
