@@ -86,16 +86,18 @@ def evaluate_loss(
     order = sorted(range(len(examples)), key=lambda i: example_length(examples[i]))
     adapter.train(False)
     objective.train(False)
-    total, count, hits = 0.0, 0, 0
+    total, count = 0.0, 0
+    hits: int | None = None
     try:
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 found = objective(adapter, [examples[i] for i in order[start : start + batch_size]])
-                total, count, hits = total + float(found.total), count + found.count, hits + found.hits
+                total, count = total + float(found.total), count + found.count
+                hits = hits if found.hits is None else (hits or 0) + found.hits
     finally:
         adapter.train(True)
         objective.train(True)
-    return {"loss": total / count, **({"accuracy": hits / count} if hits else {})}
+    return {"loss": total / count, **({} if hits is None else {"accuracy": hits / count})}
 
 
 def _plan(config: TrainingConfig, examples: int) -> _Plan:

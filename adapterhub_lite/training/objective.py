@@ -22,12 +22,13 @@ _LEAST_SHARED = 8
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """Sum of losses over `count` supervised items; `tokens` real tokens went through the base; `hits` right labels."""
+    """Sum of losses over `count` supervised items; `tokens` real tokens went through the base; `hits` right labels,
+    where there are classes."""
 
     total: torch.Tensor
     count: int
     tokens: int
-    hits: int = 0
+    hits: int | None = None
 
 
 class Objective(Protocol):
@@ -66,6 +67,7 @@ class _LanguageModel:
         self.chunked = chunked
         self._head: Any = base.model.get_output_embeddings()  # type: ignore[operator]
         self._plain_attention = not getattr(base.config, "sliding_window", None)
+        self._base_drops = _drops(base)
 
     def __call__(self, adapter: Trainable, batch: Sequence[Example]) -> BatchLoss:
         shared = common_prefix(batch) if self._shares_prefixes(adapter) else 0
@@ -85,8 +87,8 @@ class _LanguageModel:
         self._base.model.train(mode)
 
     def _shares_prefixes(self, adapter: Trainable) -> bool:
-        """Whether tokens that all rows begin with may be computed once: dropout would differ by row."""
-        return self.chunked and not adapter.dropout and self._plain_attention
+        """Whether tokens that all rows begin with may be computed once: dropout would have to differ by row."""
+        return self.chunked and not adapter.dropout and self._plain_attention and not self._base_drops
 
     def _inputs(
         self, adapter: Trainable, batch: Sequence[Example], shared: int
@@ -162,6 +164,12 @@ def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted, reduction="sum")
 
 
+def _drops(base: Base) -> bool:
+    """Whether the base has dropout of its own, in layers or in attention."""
+    layers = any(isinstance(m, nn.Dropout) and m.p > 0 for m in base.model.modules())
+    return layers or any(getattr(base.config, k, 0.0) for k in ("attention_dropout", "attn_pdrop"))
+
+
 def common_prefix(batch: Sequence[Example]) -> int:
     """How many first tokens all rows share, short of the token before the first supervised one.
 
@@ -170,7 +178,7 @@ def common_prefix(batch: Sequence[Example]) -> int:
     """
     if len(batch) < 2:
         return 0
-    limit = min(next(i for i, label in enumerate(e.labels) if label != IGNORED) for e in batch) - 1
+    limit = min(next((i for i, label in enumerate(e.labels) if label != IGNORED), 0) for e in batch) - 1
     first = batch[0].ids
     shared = next((i for i in range(max(limit, 0)) if any(e.ids[i] != first[i] for e in batch)), max(limit, 0))
     return shared if shared >= _LEAST_SHARED else 0

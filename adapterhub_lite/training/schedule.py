@@ -8,7 +8,7 @@ import math
 def rate_factor(schedule: str, step: int, total: int, warmup: float) -> float:
     """The factor of step 0..total-1: rises linearly over `warmup` (a fraction of the steps), then falls to 0.
 
-    linear and constant are transformers' schedules of those names; cosine is half a cosine wave.
+    After the warm-up these are transformers' schedules of those names; its warm-up begins at 0, which wastes a step.
     """
     rising = math.ceil(total * warmup)
     if step < rising:

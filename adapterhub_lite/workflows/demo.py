@@ -60,7 +60,7 @@ def run_demo(
     figures: dict[str, Any] = {"libraries": libraries(), "base": _say_base(base, say)}
     subjects = {name: _train(name, store, base, say, on_event) for name in RECIPES}
     figures["adapters"] = {name: _facts(store, s) for name, s in subjects.items()}
-    runtime = Runtime(base, store, slots=4)
+    runtime = Runtime(base, store, slots=4, batch_size=64)
     figures["quality"] = _compare(runtime, subjects, say, on_event)
     figures["swap"] = _swap(runtime, subjects, say)
     figures["mixed_batch"] = _mix(runtime, subjects, say)
@@ -238,8 +238,8 @@ def plain_answers(folder: Path, base: Base, task: Task, rows: Rows, on_event: Li
     prompts = [task.encode(t, base.tokenizer, base.kind, 0) for t in task.inputs(rows)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    for start in range(0, len(order), 40):
-        part = order[start : start + 40]
+    for start in range(0, len(order), 64):
+        part = order[start : start + 64]
         on_event(Progress("generating with plain transformers", start, len(order), "rows"))
         ids, mask = (t.to(base.device) for t in pad_rows([prompts[i] for i in part], base.pad_id, left=True))
         with torch.inference_mode():

@@ -18,8 +18,8 @@ from ..events import Listener, Stage, ignore
 from ..formats.card import Card
 from ..merging.checkpoint import Checkpoint
 from ..merging.merge import staged_merge, write_report
-from ..merging.plan import plan_merge
-from ..merging.report import MergeReport, Thresholds, compare_logits
+from ..merging.plan import MergePlan, plan_merge
+from ..merging.report import Difference, MergeReport, Thresholds, compare_logits
 from ..names import Ref
 from ..runtime.runtime import Runtime
 from ..store import Store
@@ -65,21 +65,10 @@ def merge(
     runtime = Runtime(base, store, slots=1, on_event=on_event)
     try:
         runtime.load(resolved)
-        folder = store.verified_folder(resolved)
-        adapter = read_adapter(folder, name=str(resolved), digest=resolved.digest or "", card=card)
-        task = runtime.task(resolved)
-        labels = task.labels if isinstance(task, Classify) else None
-        checkpoint = Checkpoint.open(base.source.folder)
+        plan = _plan(store, resolved, card, runtime, bake, dtype)
         on_event(Stage(f"merging {resolved} into {base.name}"))
-        with quiet():
-            trained_on = card.base.get("quantization") or base.quantization
-            plan = plan_merge(adapter, checkpoint, quantization=trained_on, bake=bake, dtype=dtype, labels=labels)
         with staged_merge(plan, base.source.folder, Path(out), on_event=on_event) as staged:
             on_event(Stage("verifying the merged checkpoint with plain transformers"))
-            rows = probe_rows(base, card)
-            expected = runtime.logits(rows, resolved, _decoder_rows(base, rows))
-            with quiet():
-                merged = plain_logits(staged, base, rows, adapter.spec.task_type)
             report = MergeReport(
                 adapter=str(resolved),
                 digest=resolved.digest or "",
@@ -91,19 +80,47 @@ def merge(
                 changed_tensors=len(plan.changed),
                 tensors=sum(map(len, plan.shards.values())),
                 bytes=plan.nbytes,
-                seconds=round(time.perf_counter() - started, 3),
-                difference=compare_logits(expected, merged),
+                difference=_difference(runtime, resolved, card, staged),
                 thresholds=thresholds or Thresholds(),
+                seconds=round(time.perf_counter() - started, 3),
             )
-            if not report.passed:
-                raise MergeFailed(
-                    f"The merged model differs too much from base + adapter. {report.lines()[1]}.",
-                    "Nothing was written. Try bake=dequantised or dtype=float32, or loosen the thresholds.",
-                )
+            _require_passed(report)
             write_report(staged, report.to_dict())
     finally:
         runtime.close()
     return report
+
+
+def _require_passed(report: MergeReport) -> None:
+    if not report.passed:
+        raise MergeFailed(
+            f"The merged model differs too much from base + adapter. {report.lines()[1]}.",
+            "Nothing was written. Try bake=dequantised or dtype=float32, or loosen the thresholds.",
+        )
+
+
+def _plan(store: Store, ref: Ref, card: Card, runtime: Runtime, bake: str, dtype: str) -> MergePlan:
+    adapter = read_adapter(store.verified_folder(ref), name=str(ref), digest=ref.digest or "", card=card)
+    task = runtime.task(ref)
+    base = runtime.base
+    with quiet():
+        return plan_merge(
+            adapter,
+            Checkpoint.open(base.source.folder),
+            quantization=card.base.get("quantization") or base.quantization,
+            bake=bake,
+            dtype=dtype,
+            labels=task.labels if isinstance(task, Classify) else None,
+        )
+
+
+def _difference(runtime: Runtime, ref: Ref, card: Card, staged: Path) -> Difference:
+    base = runtime.base
+    rows = probe_rows(base, card)
+    expected = runtime.logits(rows, ref, _decoder_rows(base, rows))
+    with quiet():
+        merged = plain_logits(staged, base, rows, runtime.store.spec(ref).task_type)
+    return compare_logits(expected, merged)
 
 
 def probe_rows(base: Base, card: Card) -> list[list[int]]:

@@ -165,7 +165,7 @@ def _publish(
     started: float,
     on_event: Listener,
 ) -> Ref:
-    runtime = Runtime(base, store, slots=1, on_event=on_event)
+    runtime = Runtime(base, store, slots=1, batch_size=64, on_event=on_event)
     try:
         with quiet():
             held = runtime.attach(trained.adapter, task)

@@ -147,7 +147,7 @@ def test_a_batch_larger_than_the_slots_is_refused_by_logits_and_changes_nothing(
     with pytest.raises(CapacityError, match="3 slots"):
         runtime.logits(ROW * 4, refs)
     assert torch.equal(logits(runtime, refs[0]), expected)
-    assert not runtime._slots._leases
+    assert not runtime._engine.slots._leases
 
 
 def test_what_a_batch_leases_stays(runtime):

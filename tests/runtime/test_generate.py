@@ -161,7 +161,7 @@ def test_a_stream_that_is_left_early_leaves_the_base_bare(runtime):
         if end == "close":
             pieces.close()
         del pieces
-        assert runtime._hooks.plan == {}
+        assert runtime._engine.hooks.plan == {}
         with torch.no_grad():
             found = [base.model(input_ids=torch.tensor([row])).logits[0] for row in peers.ROWS]
         peers.assert_logits_equal(found, expected)
