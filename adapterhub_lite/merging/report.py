@@ -13,8 +13,8 @@ import torch
 class Thresholds:
     """What a merge must keep: mean KL divergence (nats), and the share of tokens with the same next token."""
 
-    max_kl: float = 0.02
-    min_top1: float = 0.97
+    max_kl: float = 0.01
+    min_top1: float = 0.95
 
 
 @dataclass(frozen=True)
