@@ -86,11 +86,6 @@ def fit_lora(
     return {name: _fit_site(spec, name, part, modules[name], dense_weight) for name, part in parts.items()}
 
 
-def lora_scaling(spec: LoraSpec, module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732); a module may have its own alpha."""
-    return spec.scaling(module, rank)
-
-
 def _mismatches(
     spec: LoraSpec, parts: Mapping[str, Mapping[str, torch.Tensor]], modules: Mapping[str, nn.Module]
 ) -> list[str]:
@@ -132,7 +127,7 @@ def _fit_site(
     dense_weight: Callable[[nn.Module, torch.dtype], torch.Tensor],
 ) -> LoraSite:
     down, up = part["A"].float(), part["B"].float()
-    scaling = lora_scaling(spec, name, down.shape[0])
+    scaling = spec.scaling(name, down.shape[0])
     up = up * scaling
     bias = part["bias"].float() * scaling if "bias" in part else None
     if "magnitude" not in part:

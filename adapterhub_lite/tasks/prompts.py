@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError, Unsupported
+from ..recipe.template import columns
+from ..recipe.template import fill as fill_template
 
 Message = Mapping[str, str]
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Put a row's fields into `{field}` places; only plain names are read, `{{` is a brace.
+    """Put a row's columns into the `{column}` places of a template.
 
     Raises:
-        DataError: the row lacks a field.
+        DataError: the row lacks a column, or the template (of a foreign card, say) is none.
     """
-    parts = []
-    for text, name, _, _ in string.Formatter().parse(template):
-        parts.append(text)
-        if name is not None:
-            if name not in row:
-                raise DataError(f"The template needs field {name!r}.", f"The row has: {', '.join(sorted(row))}.")
-            parts.append(str(row[name]))
-    return "".join(parts)
+    try:
+        missing = [name for name in columns(template) if name not in row]
+    except ValueError as error:
+        raise DataError(f"The prompt template is not usable: {error}.", "Write plain {column} places.") from error
+    if missing:
+        raise DataError(f"The template needs field {missing[0]!r}.", f"The row has: {', '.join(sorted(row))}.")
+    return fill_template(template, row)
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
