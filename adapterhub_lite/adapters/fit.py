@@ -9,11 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import AdapterMismatch
+from ..errors import AdapterMismatch, NoEffect
 from ..formats.peft_config import LoraSpec
 from .adapter import Adapter, check_finite
 from .lora import LoraSite, fit_lora, split_tensors
 from .prefix import FittedPrefix, fit_prefix, prefix_shape
+
+# Outputs of a layer are of the order of 1; float32 does not see less than this beside them.
+_LEAST_STRENGTH = 1e-9
 
 
 class HeadBuilder(Protocol):
@@ -108,7 +111,21 @@ def fit(adapter: Adapter, target: Target) -> Fitted:
             )
         prefix = fit_prefix(spec, others.pop("prompt_embeddings").float(), prefix_shape(target.config))
         sites, head = {}, _fit_head(others, "base_model.", target, adapter)
-    return Fitted(adapter.name, adapter.digest, spec.task_type, sites, prefix, head, len(adapter.tensors))
+    fitted = Fitted(adapter.name, adapter.digest, spec.task_type, sites, prefix, head, len(adapter.tensors))
+    _check_effect(fitted)
+    return fitted
+
+
+def _check_effect(fitted: Fitted) -> None:
+    """Refuse changes of layers that change nothing: the product of B and A is zero, or lost in float32's rounding."""
+    if fitted.prefix is not None or fitted.head is not None or not fitted.sites:
+        return
+    strongest = max(site.strength() for site in fitted.sites.values())
+    if strongest < _LEAST_STRENGTH:
+        raise NoEffect(
+            f"{fitted.name} moves no logit (the largest change of a layer is {strongest:.1g}): it does nothing.",
+            "It was not trained, or its alpha is wrong.",
+        )
 
 
 def _fit_head(tensors: dict[str, torch.Tensor], prefix: str, target: Target, adapter: Adapter) -> nn.Module | None:

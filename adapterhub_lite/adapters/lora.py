@@ -39,6 +39,12 @@ class LoraSite:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in (self.down, self.up, self.gain, self.bias) if t is not None)
 
+    def strength(self) -> float:
+        """How far the site moves an output for a fixed input of ones and minus ones."""
+        signs = torch.where(torch.arange(self.down.shape[1]) % 3 == 0, -1.0, 1.0).to(self.down)
+        parts = [self.up @ (self.down @ signs), *(t for t in (self.gain, self.bias) if t is not None)]
+        return max(float(p.abs().max()) for p in parts)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> LoraSite:
         """A copy on `device` in `dtype`."""
         moved = [None if t is None else t.to(device, dtype) for t in (self.down, self.up, self.gain, self.bias)]

@@ -18,6 +18,7 @@ class PrefixShape:
     layers: int
     heads: int
     head_dim: int
+    submodules: int = 1
 
     @property
     def width(self) -> int:
@@ -53,6 +54,7 @@ def prefix_shape(config: Any) -> PrefixShape:
     Raises:
         Unsupported: the layers differ in key-value shape, or the model keeps no key-value cache.
     """
+    submodules = 2 if getattr(config, "is_encoder_decoder", False) else 1
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     heads = config.num_attention_heads
     layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
@@ -60,7 +62,7 @@ def prefix_shape(config: Any) -> PrefixShape:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"}:
         raise Unsupported(f"This base mixes attention kinds ({', '.join(sorted(kinds))}).", "Use a LoRA adapter.")
-    return PrefixShape(layers, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+    return PrefixShape(layers, getattr(config, "num_key_value_heads", None) or heads, head_dim, submodules)
 
 
 def layer_rows(shape: PrefixShape, submodules: int) -> tuple[list[int], list[int]]:
@@ -87,6 +89,13 @@ def fit_prefix(spec: PrefixSpec, embeddings: torch.Tensor, shape: PrefixShape) -
         raise AdapterMismatch(
             f"The prefix has shape {list(embeddings.shape)}, this base needs [{tokens}, {shape.width}] "
             f"({shape.layers} layers x 2 x {shape.heads} heads x {shape.head_dim}).",
+            "It was made for another model.",
+        )
+    said = (spec.num_layers, spec.num_attention_heads, spec.token_dim, spec.num_transformer_submodules)
+    needed = (shape.layers, shape.heads, shape.heads * shape.head_dim, shape.submodules)
+    if said != needed:
+        raise AdapterMismatch(
+            f"The prefix's configuration says (layers, heads, width, submodules) {said}, this base has {needed}.",
             "It was made for another model.",
         )
     cut = embeddings.view(tokens, 2 * shape.layers, shape.heads, shape.head_dim).permute(1, 2, 0, 3)

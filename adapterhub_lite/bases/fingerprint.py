@@ -81,13 +81,13 @@ def weights_digest(folder: Path, memo: Path | None = None) -> str:
     new = False
     for path in weight_files(folder):
         stat = path.stat()
-        key = f"{os.path.realpath(path)}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
+        key = f"{os.path.realpath(path)}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
         if key not in known:
             known[key] = _tensor_lines(path)
             new = True
         lines += known[key]
     if new:
-        _write_memo(memo, {key: value for key, value in known.items() if os.path.exists(key.rsplit(":", 3)[0])})
+        _write_memo(memo, {key: value for key, value in known.items() if os.path.exists(key.rsplit(":", 4)[0])})
     return _digest_of(*sorted(lines))
 
 
@@ -98,13 +98,15 @@ def weight_files(folder: Path) -> list[Path]:
         BaseUnavailable: there are none.
     """
     index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file() and single.is_file():
+        raise BaseUnavailable(f"{folder} holds both one weights file and an index of others.", "Remove one of them.")
     if index.is_file():
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         bad = [n for n in names if not isinstance(n, str) or Path(n).name != n]
         if bad:
             raise BaseUnavailable(f"{index} names files outside its folder: {bad[0]!r}.", "Get the checkpoint anew.")
         return [folder / n for n in names]
-    single = folder / "model.safetensors"
     if single.is_file():
         return [single]
     raise BaseUnavailable(f"{folder} holds no model.safetensors.", "Only safetensors checkpoints are loaded.")
@@ -130,6 +132,10 @@ def _live_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             value = getattr(tensor, extra, None)
             if isinstance(value, torch.Tensor):
                 yield f"{name}.{extra}", value
+    for name, module in model.named_modules():
+        copy = getattr(module, "_ahl_copy", None)
+        if copy is not None:  # what a quantised layer on a CPU really computes with
+            yield f"{name}.working_copy", copy
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,9 @@ from .memory import MemoryReport, keep_working_copies, measure
 from .quantization import make_exact_on_cpu, quantization_config
 from .quiet import quiet
 from .views import HEAD_NAMES, View, kind_of, make_view
+
+# Keys of a configuration that can name code or compiled kernels to fetch.
+_CODE_KEYS = ("attn_implementation", "experts_implementation", "use_kernels")
 
 
 @dataclass
@@ -42,6 +48,9 @@ class Base:
     fingerprint: Fingerprint
     choices: dict[str, Choice]
     memory: MemoryReport
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+    """Held by whoever drives the model: runtimes on one base, and training, take turns."""
+    _in_training: bool = field(default=False, repr=False)
     _views: dict[str, View] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,8 +80,28 @@ class Base:
         """The model as PEFT's `task_type` sees it: same modules, that class's module names, outputs and head slot."""
         key = task_type if task_type in ("SEQ_CLS", "FEATURE_EXTRACTION") else "default"
         if key not in self._views:
-            self._views[key] = make_view(self.model, self.kind, key)
+            self._views[key] = make_view(self.model, self.kind, key, self.pad_id)
         return self._views[key]
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Own the model for a training run; within the block nothing else may compute with it.
+
+        Raises:
+            Unsupported: it is being trained on already.
+        """
+        with self.lock:
+            self.check_free()
+            self._in_training = True
+            try:
+                yield
+            finally:
+                self._in_training = False
+
+    def check_free(self) -> None:
+        """Raise Unsupported while an adapter is trained on this base: answers would mix with it."""
+        if self._in_training:
+            raise Unsupported("An adapter is being trained on this base.", "Wait for it, or load the base once more.")
 
     def live_digest(self) -> str:
         """sha256 of all weights in memory; equal before and after whatever uses the base, since it is frozen."""
@@ -126,16 +155,28 @@ def load_base(
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BaseUnavailable(f"{folder / 'config.json'} is not JSON: {error}.", "Get the checkpoint anew.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise BaseUnavailable(f"{folder / 'config.json'} names no model_type.", "Is this a transformers checkpoint?")
-    if "auto_map" in config:
+    foreign = [key for key in _keys(config) if key == "auto_map" or any(part in key for part in _CODE_KEYS)]
+    if foreign:
         raise BaseUnavailable(
-            f"{folder} needs code of its own (auto_map).", "Remote code is never run; use another base."
+            f"{folder} asks for code of its own ({foreign[0]}).", "Remote code is never run; use another base."
         )
     if "quantization_config" in config:
         raise Unsupported(f"{folder} is quantised already.", "Use the original checkpoint with quantize=nf4 or int8.")
     return config
+
+
+def _keys(config: Any) -> Iterator[str]:
+    """All keys of nested objects."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield key
+            yield from _keys(value)
 
 
 def _load(folder: Path, kind: str, quantize: str, choices: dict[str, Choice]) -> tuple[nn.Module, Any]:
@@ -168,7 +209,7 @@ def _load(folder: Path, kind: str, quantize: str, choices: dict[str, Choice]) ->
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except torch.OutOfMemoryError as error:
         raise BaseUnavailable(f"{folder} does not fit in memory.", "Use quantize=nf4 or a smaller base.") from error
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a broken checkpoint fails in as many ways as there are libraries below
         raise BaseUnavailable(f"{folder} could not be loaded: {_first_line(error)}", "See the cause above.") from error
     missing = [k for k in info["missing_keys"] if k.split(".")[0] not in HEAD_NAMES]
     if missing:

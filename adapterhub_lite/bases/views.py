@@ -149,13 +149,13 @@ class View:
         return dict(self.model.named_modules())
 
 
-def make_view(model: nn.Module, kind: str, task_type: str) -> View:
+def make_view(model: nn.Module, kind: str, task_type: str, pad_id: int = 0) -> View:
     """The view of `model` for PEFT's `task_type` (SEQ_CLS, FEATURE_EXTRACTION) or its own class ("default")."""
     if task_type == "FEATURE_EXTRACTION":
         return View(model.base_model, None, "")  # type: ignore[arg-type]
     if kind == "encoder":
         return _with_head_slot(model)
-    return _classifier_around(model) if task_type == "SEQ_CLS" else View(model, None, "")
+    return _classifier_around(model, pad_id) if task_type == "SEQ_CLS" else View(model, None, "")
 
 
 def _with_head_slot(model: nn.Module) -> View:
@@ -170,7 +170,7 @@ def _with_head_slot(model: nn.Module) -> View:
     raise Unsupported(f"{type(model).__name__} has no head named {', '.join(HEAD_NAMES)}.", "Use another base.")
 
 
-def _classifier_around(model: Any) -> View:
+def _classifier_around(model: Any, pad_id: int) -> View:
     """A *ForSequenceClassification shell on the meta device whose backbone is the live one."""
     from transformers import AutoModelForSequenceClassification
 
@@ -178,8 +178,8 @@ def _classifier_around(model: Any) -> View:
     config.num_labels = 2
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    if config.pad_token_id is None:
-        config.pad_token_id = _first_id(config.eos_token_id)
+    # The class reads each row at its last token that is no padding: it must know what we pad with.
+    config.pad_token_id = pad_id
     try:
         with torch.device("meta"):
             shell = AutoModelForSequenceClassification.from_config(config)
@@ -195,11 +195,6 @@ def _classifier_around(model: Any) -> View:
         for name, _ in list(backbone.named_children()):
             setattr(backbone, name, getattr(model, name))
     return _with_head_slot(shell.eval())
-
-
-def _first_id(value: Any) -> int | None:
-    found: int | None = value[0] if isinstance(value, list) else value
-    return found
 
 
 def _is_output(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:

@@ -43,7 +43,7 @@ def staged_merge(
     """
     fs = fs or FileSystem()
     out = out.expanduser().absolute()
-    _check_out(out)
+    check_out(out)
     ensure_folder(fs, out.parent, next(parent for parent in out.parents if parent.is_dir()))
     staged = new_tmp(out.parent)
     try:
@@ -85,7 +85,8 @@ def _write(fs: FileSystem, plan: MergePlan, base: Path, staged: Path, on_event: 
             write_file(fs, staged / name, (base / name).read_bytes(), MUTABLE)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raise StoreError unless `out` is absent or an empty folder."""
     hint = "Name a folder that does not exist yet."
     if out.is_symlink():
         raise StoreError(f"{out} is a symbolic link.", hint)

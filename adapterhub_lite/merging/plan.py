@@ -173,10 +173,8 @@ def _planned(
     info = checkpoint.tensors[name]
     own = DTYPES.get(info.dtype)
     if own is None:
-        raise Unsupported(
-            f"Tensor {name} is {info.dtype}; only floating-point checkpoints are merged.", "Use the original."
-        )
-    target = own if dtype == "auto" else getattr(torch, dtype)
+        raise Unsupported(f"Tensor {name} is {info.dtype}, which is not merged.", "Use a float checkpoint.")
+    target = own if dtype == "auto" or not own.is_floating_point else getattr(torch, dtype)
     make = partial(_make, checkpoint, name, change, quantization)
     return Planned(name, target, tuple(info.shape), make)
 
@@ -231,7 +229,7 @@ def _add_head(
                 tensors[i] = Planned(f"{prefix}{p.name}", p.dtype, p.shape, p.make)
     last = list(shards)[-1]
     state: Mapping[str, torch.Tensor] = head.state_dict()
-    dtype = shards[last][0].dtype if shards[last] else torch.float32
+    dtype = next((p.dtype for tensors in shards.values() for p in tensors if p.dtype.is_floating_point), torch.float32)
     for name, tensor in state.items():
         shards[last].append(Planned(f"{view.head_name}.{name}", dtype, tuple(tensor.shape), tensor.clone))
     count = list(state.values())[-1].shape[0]

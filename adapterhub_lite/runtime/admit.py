@@ -45,6 +45,8 @@ def admit(store: Store, ref: Ref, base: Base) -> tuple[Fitted, str]:
     folder = store.verified_folder(ref)
     card = store.card(ref)
     remark = compare_base(str(ref), card.base, base)
+    if not remark and "claimed_origin" in card.origin:
+        remark = f"{ref} was imported: that it was made for this base is what its card claims."
     adapter = read_adapter(folder, name=str(ref), digest=ref.digest or "", card=card)
     return fit_to_base(adapter, base), remark
 
@@ -55,14 +57,14 @@ def compare_base(name: str, recorded: dict[str, Any], base: Base) -> str:
     Raises:
         BaseMismatch: other weights, architecture or tokenizer; both fingerprints are shown.
     """
-    mark = recorded.get("fingerprint") or {}
-    if not mark.get("weights"):
-        return f"{name} does not say which base it was made for; its tensors fit {base.name}."
+    mark = recorded.get("fingerprint")
+    if not isinstance(mark, dict) or not mark.get("weights"):
+        return f"{name} does not say which base's weights it was made for; its tensors fit {base.name}."
     differing = base.fingerprint.differs_from(mark)
     if set(differing) & {"weights", "config", "tokenizer"}:
         raise BaseMismatch(
-            f"{name} was made for {recorded.get('name', 'another base')} ({mark.get('identity', '?')[:12]}), "
-            f"this is {base.name} ({base.fingerprint.identity[:12]}): {', '.join(differing)} differ.",
+            f"{name} was made for {recorded.get('name', 'another base')} ({str(mark.get('digest', '?'))[:12]}), "
+            f"this is {base.name} ({base.fingerprint.digest[:12]}): {', '.join(differing)} differ.",
             f"Load it on {recorded.get('name', 'its own base')}.",
         )
     if "quantization" in differing:

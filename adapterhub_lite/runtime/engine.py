@@ -32,6 +32,12 @@ class Engine:
         self.tasks: dict[str, Task | None] = {}
         self._remarks: set[str] = set()
         self._on_event = on_event
+        self._closed = False
+
+    def close(self) -> None:
+        """Take the hooks off the base and refuse every later batch: without hooks it would answer as the bare base."""
+        self._closed = True
+        self.hooks.remove()
 
     def resolve(self, ref: str | Ref | None) -> Ref | None:
         """The version a reference names now; None is the bare base."""
@@ -75,6 +81,9 @@ class Engine:
     @contextmanager
     def plan(self, rows: Sequence[Ref | None]) -> Iterator[BatchPlan]:
         """The plan of one batch, whose adapters stay resident while the block runs."""
+        if self._closed:
+            raise Unsupported("This runtime is closed.", "Make a new one.")
+        self.base.check_free()
         digests = {r.digest for r in rows if r is not None and r.digest is not None}
         with self.slots.lease(digests):
             fitted = {r.digest: self.fitted(r) for r in rows if r is not None}

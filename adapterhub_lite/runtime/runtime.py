@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ class Runtime:
         slots: how many adapters are resident at most; the least recently used goes out.
         batch_size: most rows of one forward pass; longer lists are cut.
 
-    All calls take a lock: one caller drives the model at a time.
+    All calls take the base's lock: one caller drives the model at a time, whichever runtime it calls.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Runtime:
         # A runtime that is dropped without close() leaves no hook.
         weakref.finalize(self, self._engine.hooks.remove)
         self._default: Ref | None = None
-        self._lock = threading.RLock()
+        self._lock = base.lock
 
     @property
     def base(self) -> Base:
@@ -131,9 +130,9 @@ class Runtime:
         return None if self._default is None else str(self._default)
 
     def close(self) -> None:
-        """Take the runtime's hooks off the base."""
+        """Take the runtime's hooks off the base; it answers no more."""
         with self._lock:
-            self._engine.hooks.remove()
+            self._engine.close()
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -225,6 +224,7 @@ class Runtime:
     ) -> list[str]:
         """`generate` for prompts that are token ids already."""
         rows = self._rows(adapters, len(prompts))
+        stop = (stop,) if isinstance(stop, str) else stop
         texts = [TextStream(self.base.tokenizer, stop) for _ in prompts]
         answers = ["" for _ in prompts]
         with self._lock:
@@ -268,11 +268,15 @@ class Runtime:
     ) -> list[torch.Tensor]:
         """Raw logits for token ids: [tokens, vocabulary] a row, or [labels] for adapters with a head."""
         chosen = self._rows(adapters, len(rows))
-        with self._lock, self._engine.plan(chosen) as plan:
-            check_lengths(self.base, plan, rows, 0)
-            if plan.rows and all(r is not None and r.head is not None for r in plan.rows):
-                return list(class_logits(self.base, self._engine.hooks, plan, rows))
-            return token_logits(self.base, self._engine.hooks, plan, rows, decoder_rows)
+        found: dict[int, torch.Tensor] = {}
+        with self._lock:
+            heads = [r is not None and self._engine.fitted(r).head is not None for r in chosen]
+            for with_head in (True, False):
+                part = [i for i, head in enumerate(heads) if head == with_head]
+                if part:
+                    given = [decoder_rows[i] for i in part] if decoder_rows is not None else None
+                    found |= dict(zip(part, self._logits([rows[i] for i in part], chosen, part, given), strict=True))
+        return [found[i] for i in range(len(rows))]
 
     def task(self, ref: str | Ref) -> Task | None:
         """The task a stored adapter was trained for, if its card says."""
@@ -287,10 +291,21 @@ class Runtime:
         adapters = self._one(adapters)  # type: ignore[arg-type]
         if adapters is None or isinstance(adapters, str | Ref):
             return [self._engine.resolve(adapters)] * count
+        if not isinstance(adapters, list | tuple):
+            raise Unsupported(f"{type(adapters).__name__} gives the adapters no order.", "Give a list, one a row.")
         if len(adapters) != count:
             raise Unsupported(f"{len(adapters)} adapters for {count} rows.", "Give one adapter a row, or a single one.")
         known: dict[Chosen, Ref | None] = {a: self._engine.resolve(a) for a in dict.fromkeys(adapters)}
         return [known[a] for a in adapters]
+
+    def _logits(
+        self, rows: list[list[int]], chosen: list[Ref | None], part: list[int], decoder_rows: list[list[int]] | None
+    ) -> list[torch.Tensor]:
+        with self._engine.plan([chosen[i] for i in part]) as plan:
+            check_lengths(self.base, plan, rows, 0)
+            if plan.rows[0] is not None and plan.rows[0].head is not None:
+                return list(class_logits(self.base, self._engine.hooks, plan, rows))
+            return token_logits(self.base, self._engine.hooks, plan, rows, decoder_rows)
 
     def _question_ids(self, text: str, row: Ref | None) -> list[int]:
         return question_ids(self.base, text, self.task(row) if row is not None else None)

@@ -18,7 +18,7 @@ from .aliases import Move, aliases_of, move_alias, read_alias
 from .catalog import Entry
 from .check import Finding
 from .fs import FileSystem, storing
-from .layout import CARD, CONFIG, WEIGHTS, Layout, default_root
+from .layout import CARD, CONFIG, WEIGHTS, Layout, default_root, ensure_store
 from .manifest import Manifest
 from .vetting import vet
 
@@ -46,6 +46,15 @@ class Store:
     def path(self) -> Path:
         """The folder of the store; it may not exist yet."""
         return self._layout.root
+
+    def prepare(self) -> None:
+        """Make the store if it is not there yet: finds before long work that nothing could be stored after it.
+
+        Raises:
+            StoreError, StoreFull, StoreNewer: why it cannot be written.
+        """
+        with storing("prepare the store", self.path):
+            ensure_store(self._fs, self._layout)
 
     def put(self, name: str, files: Mapping[str, bytes | Path], card: Card) -> Ref:
         """Check an adapter and publish it as a new version; the resolved reference says which.

@@ -47,9 +47,16 @@ def read_folder(path: str | Path, base: dict[str, Any] | None = None) -> tuple[d
     }
     own = _own_card(folder, present, files)
     if own is not None:
-        return files, replace(own, base={**own.base, **base}) if base else own
+        return files, _claimed(own, {**own.base, **(base or {})}, origin)
     named: dict[str, Any] = {"name": spec.base_model, "revision": spec.revision, "fingerprint": {}}
     return files, Card(base={**named, **(base or {})}, origin=origin)
+
+
+def _claimed(card: Card, base: dict[str, Any], origin: dict[str, Any]) -> Card:
+    """A card from another store: kept as what it is, somebody's word; nothing in it leads to a file or a version."""
+    data = {split: {k: v for k, v in facts.items() if k != "path"} for split, facts in card.data.items()}
+    told = {"claimed_origin": card.origin, "claimed_parents": list(card.parents)}
+    return replace(card, base=base, data=data, recipe=None, parents=[], origin={**origin, **told})
 
 
 def _own_card(folder: Path, present: list[str], files: dict[str, bytes]) -> Card | None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import AdapterHubError, DataError, FormatError, NotFound
+from ..formats.files import read_regular
 
 Row = Mapping[str, Any]
 MAX_LINE_BYTES = 10 * 2**20
+MAX_FILE_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,12 @@ def read_jsonl(path: Path) -> Rows:
         DataError: no file, no row, or a line that is not an object; says which.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.", "Check the path in the recipe.") from error
+        data = read_regular(path.resolve(), MAX_FILE_BYTES)
+    except (OSError, FormatError, NotFound) as error:
+        reason = error.message if isinstance(error, AdapterHubError) else error.strerror
+        raise DataError(
+            f"{path} cannot be read: {str(reason).rstrip('.')}.", "Check the path in the recipe."
+        ) from error
     rows: list[Row] = []
     lines: list[int] = []
     for number, line in enumerate(data.split(b"\n"), 1):
@@ -102,7 +107,9 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
         raise DataError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes.", "Split the row.")
     try:
         row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
+        if b"\\u" in line:  # an escaped half of a surrogate pair is no text
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeError as error:
         raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: not JSON ({error}).", "Write one JSON object a line.") from error

@@ -56,7 +56,7 @@ def train_adapter(
     """
     seed = recipe.training.seed
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(), quiet():
+    with base.training(), torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         adapter = _new_trainable(recipe, base, generator, start_text)
         head = _new_head(base, labels, generator)

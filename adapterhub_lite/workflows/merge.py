@@ -12,12 +12,12 @@ from ..adapters.adapter import read_adapter
 from ..bases.inputs import pad_rows
 from ..bases.load import Base
 from ..bases.quiet import quiet
-from ..errors import MergeFailed
+from ..errors import MergeFailed, StoreError
 from ..evaluation.effect import PROBES
 from ..events import Listener, Stage, ignore
 from ..formats.card import Card
 from ..merging.checkpoint import Checkpoint
-from ..merging.merge import staged_merge, write_report
+from ..merging.merge import check_out, staged_merge, write_report
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.report import Difference, MergeReport, Thresholds, compare_logits
 from ..names import Ref
@@ -61,7 +61,9 @@ def merge(
     started = time.perf_counter()
     resolved = store.resolve(ref)
     card = store.card(resolved)
+    check_out(Path(out).expanduser().absolute())
     base = base or load_own_base(card, on_event=on_event)
+    _check_place(Path(out), store, base)
     runtime = Runtime(base, store, slots=1, on_event=on_event)
     try:
         runtime.load(resolved)
@@ -81,6 +83,7 @@ def merge(
                 tensors=sum(map(len, plan.shards.values())),
                 bytes=plan.nbytes,
                 difference=_difference(runtime, resolved, card, staged),
+                effect_kl=_effect(runtime, resolved, card),
                 thresholds=thresholds or Thresholds(),
                 seconds=round(time.perf_counter() - started, 3),
             )
@@ -112,6 +115,24 @@ def _plan(store: Store, ref: Ref, card: Card, runtime: Runtime, bake: str, dtype
             dtype=dtype,
             labels=task.labels if isinstance(task, Classify) else None,
         )
+
+
+def _effect(runtime: Runtime, ref: Ref, card: Card) -> float | None:
+    """How far the bare base is from base + adapter; None for classifiers, which the bare base is not."""
+    if runtime.store.spec(ref).task_type == "SEQ_CLS":
+        return None
+    rows = probe_rows(runtime.base, card)
+    adapted, bare = (runtime.logits(rows, r, _decoder_rows(runtime.base, rows)) for r in (ref, None))
+    return compare_logits(adapted, bare).mean_kl
+
+
+def _check_place(out: Path, store: Store, base: Base) -> None:
+    """A checkpoint written among a store's versions, or into its own base, would break them."""
+    target = out.expanduser().absolute().parent.resolve() / out.name
+    kept = [store.path.resolve() / part for part in ("adapters", "aliases", "objects", "tmp")]
+    inside = next((k for k in (*kept, base.source.folder.resolve()) if target.is_relative_to(k)), None)
+    if inside is not None:
+        raise StoreError(f"{out} is inside {inside}.", "Name a folder outside the store and the base.")
 
 
 def _difference(runtime: Runtime, ref: Ref, card: Card, staged: Path) -> Difference:

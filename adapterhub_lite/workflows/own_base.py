@@ -32,4 +32,9 @@ def load_own_base(
     chosen = name or base_name(card)
     if not chosen:
         raise Unsupported("This adapter does not say which base it was made for.", "Name it: --base NAME.")
+    if not name and card.origin.get("kind") == "imported" and chosen not in CATALOG:
+        raise Unsupported(
+            f"This imported adapter names the base {chosen!r}; what a foreign file names is not loaded unasked.",
+            f"If you trust it: --base {chosen}",
+        )
     return load_base(chosen, quantize or card.base.get("quantization") or "none", device, on_event=on_event)

@@ -17,13 +17,13 @@ _ADDED = ("label", "score", "scores", "answer")
 
 
 def predict_rows(
-    runtime: Runtime, ref: str | Ref, rows: Rows, *, field: str = "text", on_event: Listener = ignore
+    runtime: Runtime, ref: str | Ref, rows: Rows, *, field: str | None = None, on_event: Listener = ignore
 ) -> Iterator[dict[str, Any]]:
     """Each row with `label`, `score` and `scores`, or with `answer`; the names begin with `predicted_` where a row has
     one of them already, so that nothing is lost.
 
     Args:
-        field: the column to read, for adapters whose card names no task.
+        field: the column to read, instead of what the adapter's task reads (`text` where its card names no task).
 
     Raises:
         DataError: a row lacks a column.
@@ -31,7 +31,10 @@ def predict_rows(
     """
     resolved = runtime.load(ref)
     task = runtime.task(resolved)
-    texts = task.inputs(rows) if task else [str(rows.field(i, field)) for i in range(len(rows))]
+    if task and field is None:
+        texts = task.inputs(rows)
+    else:
+        texts = [str(rows.field(i, field or "text")) for i in range(len(rows))]
     prefix = "predicted_" if any(name in row for row in rows for name in _ADDED) else ""
     title = f"answering with {resolved}"
     for start in range(0, len(texts), runtime.batch_size):

@@ -19,6 +19,7 @@ from ..formats.card import Card
 from ..formats.peft_config import LoraSpec
 from ..names import Ref, check_name
 from ..recipe import FileData, Recipe, load_recipe, recipe_dict
+from ..runtime.prompting import position_limit
 from ..runtime.runtime import Runtime
 from ..store import Store
 from ..tasks.classify import Classify
@@ -57,10 +58,12 @@ def train(
     store = store if store is not None else Store()
     started = time.perf_counter()
     rows = read_data(plan)
+    store.prepare()
     task = make_task(recipe_dict(plan)["task"])
     task.prepare(rows["train"])
     base = base or load_base(plan.base, plan.quantize, on_event=on_event)
     _check_base(plan, base)
+    _check_positions(plan, base)
     examples = {
         split: task.examples(part, base.tokenizer, base.kind, plan.training.max_length)
         for split, part in rows.items()
@@ -141,6 +144,15 @@ def _check_base(plan: Recipe, base: Base) -> None:
         raise Unsupported(
             f"The recipe asks for quantize: {plan.quantize}, the base is loaded with {base.quantization}.",
             f"Load it with quantize={plan.quantize!r}, or override quantize={base.quantization}.",
+        )
+
+
+def _check_positions(plan: Recipe, base: Base) -> None:
+    limit = position_limit(base)
+    if limit is not None and plan.training.max_length > limit:
+        raise Unsupported(
+            f"training.max_length {plan.training.max_length} exceeds the {limit} positions of {base.name}.",
+            f"Set training.max_length to {limit} or less.",
         )
 
 

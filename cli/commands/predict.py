@@ -34,8 +34,9 @@ def run(
         typer.Option("--output", "-o", metavar="F.jsonl", help="Written whole, or not at all.", show_default=False),
     ],
     field: Annotated[
-        str, typer.Option("--field", help="Column to read, where the adapter's card does not say.")
-    ] = "text",
+        str | None,
+        typer.Option("--field", help="Column to read, not the one its task reads.", show_default=False),
+    ] = None,
     base: BaseOption = None,
     quantize: QuantizeOption = None,
     device: DeviceOption = "auto",

@@ -200,10 +200,10 @@ class TestAnswersAtLoad:
     def test_another_base_is_refused_with_both_fingerprints(self, store: Store, tmp_path: Path):
         other = load_base(str(tiny.save("llama", tmp_path / "other", seed=5)), "nf4", device="cpu")
         runtime = Runtime(other, store)
-        recorded = store.card("mine").base["fingerprint"]["identity"]
+        recorded = store.card("mine").base["fingerprint"]["digest"]
         with pytest.raises(BaseMismatch) as caught:
             runtime.load("mine")
-        for text in (recorded[:12], other.fingerprint.identity[:12], "weights", "little"):
+        for text in (recorded[:12], other.fingerprint.digest[:12], "weights", "little"):
             assert text in str(caught.value)
         assert runtime.resident() == []
 

@@ -16,6 +16,7 @@ import pytest
 
 from adapterhub_lite.cli.guard import guarded
 from adapterhub_lite.errors import NotFound
+from adapterhub_lite.store import Store
 from tests.cli.conftest import Shop, ahl, told
 
 AHL = [sys.executable, "-m", "adapterhub_lite.cli"]
@@ -100,7 +101,7 @@ def test_ctrl_c_in_training_stores_nothing(shop: Shop, tmp_path: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; nothing was stored"
     assert "Traceback" not in err
-    assert not store.exists()
+    assert Store(store).names() == []
 
 
 def test_a_closed_pipe_ends_quietly(shop: Shop) -> None:

@@ -112,6 +112,10 @@ def test_predict_with_an_imported_adapter(shop: Shop, tmp_path: Path) -> None:
     ahl("import", tmp_path / "peft", "--name", "foreign", "--store", store)
     (tmp_path / "in.jsonl").write_text('{"ask": "say 1"}\n')
     arguments = ["predict", "foreign", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--store", store]
+    unasked = ahl(*arguments, "--field", "ask")
+    assert unasked.exit_code == 1
+    assert f"--base {shop.folder / 'llama'}" in unasked.stderr
+    arguments += ["--base", shop.folder / "llama"]
     assert ahl(*arguments).exit_code == 1
     assert ahl(*arguments, "--field", "ask").exit_code == 0
     assert set(_rows(tmp_path / "out.jsonl")[0]) == {"ask", "answer"}

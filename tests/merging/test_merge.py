@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,59 @@ def test_compare_logits_against_a_hand_made_pair():
     assert found.mean_logit == 0.25
     assert found.top1_agreement == 0.5
     assert found.mean_kl == pytest.approx(float((p * (p / q).log()).sum()) / 2)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_value_that_is_not_finite_never_passes(side):
+    pair = [[torch.zeros(4, 2)], [torch.zeros(4, 2)]]
+    assert compare_logits(*pair).passes(Thresholds())
+    pair[side] = [torch.tensor([[0.0, 0.0], [0.0, float("nan")], [0.0, 0.0], [0.0, 0.0]])]
+    assert not compare_logits(*pair).passes(Thresholds(1e9, 0.0))
+
+
+def test_a_merge_that_loses_a_weak_adapter_fails(tmp_path, tiny_folder, store, monkeypatch):
+    """Its divergence is far below the limits, because the adapter itself hardly changes anything."""
+    from adapterhub_lite.merging import plan as planning
+
+    folder = tiny_folder("llama")
+    task = peers.task_type("llama")
+    model = peers.wrap(peers.plain(folder, task), peers.config("llama", "lora", task))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(0.02)
+    model.save_pretrained(tmp_path / "peft")
+    base = load_base(str(folder), device="cpu")
+    ref = store.import_(tmp_path / "peft", "weak", {"fingerprint": base.fingerprint.to_dict()})
+    assert merge(ref, tmp_path / "right", store=store, base=base).passed
+    kept = planning._make
+    monkeypatch.setattr(planning, "_make", lambda checkpoint, name, change, q: kept(checkpoint, name, None, q))
+    with pytest.raises(MergeFailed):
+        merge(ref, tmp_path / "lost", store=store, base=base)
+
+
+def test_a_merge_into_the_store_or_the_base_is_refused(tmp_path, tiny_folder, store):
+    folder = tiny_folder("llama")
+    base = load_base(str(folder), device="cpu")
+    peft_folder, _ = saved(tmp_path, folder, "llama", "lora")
+    ref = store.import_(peft_folder, "mine", {"fingerprint": base.fingerprint.to_dict()})
+    for out in (store.path / "adapters" / "mine" / "2", folder / "merged"):
+        with pytest.raises(StoreError, match="is inside"):
+            merge(ref, out, store=store, base=base)
+    assert str(store.resolve("mine")) == "mine@1"
+
+
+def test_integer_buffers_of_a_checkpoint_pass_through(tmp_path, tiny_folder):
+    from safetensors.torch import save_file
+
+    folder = tiny_folder("bert")
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    tensors = load_file(folder / "model.safetensors")
+    ids = torch.arange(512)[None]
+    save_file({**tensors, "bert.embeddings.position_ids": ids}, old / "model.safetensors", metadata={"format": "pt"})
+    peft_folder, _ = saved(tmp_path, folder, "bert", "lora")
+    with staged_merge(plan_of(old, peft_folder, dtype="bfloat16"), old, tmp_path / "out"):
+        pass
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["bert.embeddings.position_ids"], ids)
+    assert {t.dtype for k, t in merged.items() if "position_ids" not in k} == {torch.bfloat16}

@@ -124,3 +124,51 @@ def test_accuracy_and_macro_f1_by_definition():
         return 2 * precision * recall / (precision + recall) if true else 0.0
 
     assert macro_f1(answers, expected) == pytest.approx(sum(map(f1, "abc")) / 3)
+
+
+COUNTING = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ATTACH '{}' AS x; CREATE TABLE x.t (a)",
+        "VACUUM INTO '{}'",
+        "CREATE TABLE t AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n",
+    ],
+)
+def test_a_database_script_writes_no_file_and_comes_to_an_end(tmp_path: Path, script: str):
+    path = tmp_path / "made.db"
+    with pytest.raises(DataError, match="reference query fails"):
+        sql_execution("SELECT 1", "SELECT 1", {"database": script.format(path)})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"{COUNTING} SELECT {', '.join(['zeroblob(999000)'] * 20)} FROM n",
+        f"{COUNTING} SELECT max(randomblob(999999)) FROM n",
+        f"{COUNTING} SELECT i FROM n",
+        "SELECT printf('%.*c', 1000000000, 'x')",
+        "SELECT instr(hex(zeroblob(490000)), hex(zeroblob(240000)) || '1')",
+        "",
+        "-- nothing",
+    ],
+)
+def test_an_answer_cannot_exhaust_the_machine_or_win_by_saying_nothing(query: str):
+    assert sql_execution(query, "SELECT 1 WHERE 0", {"database": "CREATE TABLE t (a)"}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ("SELECT a FROM t ORDER\nBY a DESC", "SELECT a FROM t ORDER BY a", 0.0),
+        ("SELECT a FROM (SELECT a FROM t ORDER BY a)", "SELECT a FROM t ORDER BY a DESC", 1.0),
+        ("SELECT a FROM t WHERE 'order by' <> ''", "SELECT a FROM t ORDER BY a DESC", 1.0),
+        ("SELECT a FROM t", "SELECT a FROM t UNION ALL SELECT a FROM t", 0.0),
+    ],
+)
+def test_order_counts_only_where_the_result_is_ordered(reference: str, answer: str, expected: float):
+    row = {"database": "CREATE TABLE t (a); INSERT INTO t VALUES (2), (1), (3)"}
+    assert sql_execution(answer, reference, row) == expected

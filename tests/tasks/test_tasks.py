@@ -98,7 +98,7 @@ class TestFill:
 
     @pytest.mark.parametrize("template", ["{a.__class__}", "{a[0]}", "{0}", "{missing}", "{}"])
     def test_only_fields(self, template: str):
-        with pytest.raises(DataError, match="needs field|is not usable"):
+        with pytest.raises(DataError, match=r"needs field|is not usable"):
             fill(template, {"a": "x"})
 
 
