@@ -110,7 +110,7 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
         if b"\\u" in line:  # an escaped half of a surrogate pair is no text
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeError as error:
-        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}).", "Save the file as UTF-8.") from error
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error}).", "Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: not JSON ({error}).", "Write one JSON object a line.") from error
     if not isinstance(row, dict):
