@@ -22,7 +22,7 @@ def emit(data: Mapping[str, Any]) -> None:
 def say(*lines: str) -> None:
     """Lines of result on stdout."""
     for line in lines:
-        print(line)
+        print(line, flush=True)
 
 
 def remark(line: str) -> None:

@@ -75,7 +75,8 @@ class MergeReport:
             f"against base + adapter over {d.tokens} tokens: largest logit difference {d.max_logit:.3g}, "
             f"mean {d.mean_logit:.3g}, KL {d.mean_kl:.2g} nats, same next token {d.top1_agreement:.1%}"
             + ("" if self.effect_kl is None else f" (the adapter's own effect: KL {self.effect_kl:.2g})"),
-            f"{'passed' if self.passed else 'FAILED'} (KL <= {self.thresholds.max_kl:g}, "
+            f"{'passed' if self.passed else 'FAILED'} (KL <= {self.thresholds.max_kl:g} "
+            f"and {self.thresholds.max_lost:.0%} of the effect, "
             f"same next token >= {self.thresholds.min_top1:.0%})",
         ]
 
