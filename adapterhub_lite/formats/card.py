@@ -99,7 +99,26 @@ def _texts(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) <= 1e300
+
+
+def _base(value: Any) -> bool:
+    if not isinstance(value, dict) or not _texts(value.get("fingerprint", {})):
+        return False
+    return all(item is None or isinstance(item, str) for key, item in value.items() if key != "fingerprint")
+
+
+def _parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(facts, dict) for facts in value.values())
+
+
+def _effect(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_number, value.values()))
+
+
+def _origin(value: Any) -> bool:
+    losses = value.get("losses", []) if isinstance(value, dict) else None
+    return isinstance(losses, list) and all(map(_number, losses))
 
 
 def _metrics(value: Any) -> bool:
@@ -124,19 +143,19 @@ def _time(value: Any) -> bool:
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adapter": (_adapter, f"an object whose type is one of {', '.join(ADAPTER_TYPES)}"),
-    "base": (_object, "an object"),
+    "base": (_base, "an object of texts whose fingerprint is an object of texts"),
     "task": (_object, "an object"),
     "recipe": (lambda value: value is None or _object(value), "an object or null"),
-    "data": (_object, "an object"),
+    "data": (_parts, "an object of objects"),
     "seed": (lambda value: value is None or type(value) is int, "a whole number or null"),
     "libraries": (_texts, "an object of texts"),
     "metrics": (_metrics, "an object of splits, each an object of numbers"),
-    "effect": (_object, "an object"),
+    "effect": (_effect, "an object of numbers"),
     "parents": (
         lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
         "a list of texts",
     ),
-    "origin": (_object, "an object"),
+    "origin": (_origin, "an object; its losses a list of numbers"),
     "created": (_time, "a UTC time such as 2026-01-31T12:00:00Z"),
     "duration_seconds": (lambda value: value is None or (_number(value) and value >= 0), "seconds or null"),
     "schema": (lambda value: value == SCHEMA and type(value) is int, f"{SCHEMA}"),

@@ -15,6 +15,7 @@ from .task import IGNORED, Example
 class Classify:
     """`config` is the recipe's task part: text, label, labels, template, words; labels are filled in by `prepare`."""
 
+    required = frozenset({"text", "label"})
     primary_metric = "accuracy"
 
     def __init__(self, config: Mapping[str, Any]) -> None:

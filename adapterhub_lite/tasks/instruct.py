@@ -15,6 +15,8 @@ from .task import IGNORED, Example
 class Instruct:
     """`config` is the recipe's task part: prompt, completion, template, system, max_new_tokens, metrics."""
 
+    required = frozenset({"completion", "metrics", "max_new_tokens"})
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
         self.primary_metric: str = self.config["metrics"][0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Unsupported
@@ -10,7 +10,7 @@ from .classify import Classify
 from .instruct import Instruct
 from .task import Task
 
-TASKS: dict[str, Callable[[Mapping[str, Any]], Task]] = {
+TASKS: dict[str, type[Instruct] | type[Classify]] = {
     "instruct": Instruct,
     "classify": Classify,
 }
@@ -25,4 +25,7 @@ def make_task(config: Mapping[str, Any]) -> Task:
     kind = str(config.get("type"))
     if kind not in TASKS:
         raise Unsupported(f"Task type {kind!r} is unknown.", f"Known: {', '.join(TASKS)}.")
+    missing = TASKS[kind].required - {key for key, value in config.items() if value is not None}
+    if missing:
+        raise Unsupported(f"A task of type {kind} needs {', '.join(sorted(missing))}.", "Its card is not complete.")
     return TASKS[kind](config)

@@ -23,6 +23,7 @@ from ..recipe import load_recipe, recipe_dict
 from ..runtime.generate import end_tokens
 from ..runtime.runtime import Runtime
 from ..store import Store
+from ..tasks.prompts import prompt_ids
 from ..tasks.registry import make_task
 from ..tasks.rows import Rows
 from ..tasks.task import Task
@@ -190,14 +191,13 @@ def _swap_time(runtime: Runtime, ref: Ref | None, rounds: int = 200) -> float:
 def _mix(runtime: Runtime, subjects: dict[str, _Subject], say: Print) -> dict[str, Any]:
     """One batch whose rows use sql, sentiment and no adapter, against each row alone."""
     tokenizer = runtime.base.tokenizer
-    plain = make_task({"type": "instruct", "prompt": "prompt", "completion": "c", "metrics": ["exact_match"]})
     prompts, rows = [], []
     for i in range(4):
         for s in subjects.values():
             prompts.append(s.task.encode(s.task.inputs(s.test)[i], tokenizer, "causal", 0))
             rows.append(s.ref)
     for text in ("What is the capital of France?", "Name three colours.", "Write one sentence about rain."):
-        prompts.append(plain.encode(text, tokenizer, "causal", 0))
+        prompts.append(prompt_ids(tokenizer, text))
         rows.append(None)  # type: ignore[arg-type]
     begun = time.perf_counter()
     mixed = runtime.generate_ids(prompts, rows, 32)
