@@ -24,6 +24,10 @@ class Sampling:
             raise Unsupported(
                 f"temperature {self.temperature} is not a number from 0 up.", "0 is greedy, 0.7 is usual."
             )
+        if 0.0 < self.temperature < 1e-3:
+            raise Unsupported(f"temperature {self.temperature:g} overflows.", "0 is greedy, 0.7 is usual.")
+        if self.seed is not None and not 0 <= self.seed < 2**62:
+            raise Unsupported(f"seed {self.seed} is out of range.", "Use a number from 0 to 2**62 - 1.")
         if not (0.0 < self.top_p <= 1.0) or self.top_k < 0:
             raise Unsupported(f"top_p {self.top_p} / top_k {self.top_k}.", "Use 0 < top_p <= 1 and top_k >= 0.")
 
