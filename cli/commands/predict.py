@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ...errors import DataError
 from ..app import command, new_app
 from ..json_lines import write_rows
 from ..opening import open_runtime, open_store
@@ -52,6 +53,8 @@ def run(
     found = opened.resolve(ref)
     from ...tasks.rows import read_jsonl
 
+    if target.absolute().resolve() == source.absolute().resolve():
+        raise DataError(f"{target} is the input itself.", "Name another file for --output.")
     rows = read_jsonl(source)  # before the base, which takes longer
     with reporting() as on_event, closing(open_runtime(opened, ref, base, quantize, device, on_event)) as runtime:
         from ...workflows.predict import predict_rows

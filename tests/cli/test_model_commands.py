@@ -106,6 +106,16 @@ def test_predict_that_fails_leaves_the_old_output(shop: Shop, tmp_path: Path) ->
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
+def test_predict_does_not_write_over_its_input(shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "text 1"}\n')
+    same = ahl(
+        "predict", "moods", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "." / "in.jsonl", "--store", shop.store
+    )
+    assert same.exit_code == 1
+    assert "is the input itself" in same.stderr
+    assert (tmp_path / "in.jsonl").read_text() == '{"text": "text 1"}\n'
+
+
 def test_predict_with_an_imported_adapter(shop: Shop, tmp_path: Path) -> None:
     store = tmp_path / "store"
     ahl("export", "parrot", tmp_path / "peft", "--store", shop.store)

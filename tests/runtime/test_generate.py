@@ -275,3 +275,9 @@ def _tokenizer(made: list = []):  # noqa: B006
     if not made:
         made.append(tiny.tokenizer())
     return made[0]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": 1e-40}, {"seed": 2**64}, {"top_p": 0.0}])
+def test_settings_that_cannot_be_sampled_with_are_refused(wrong):
+    with pytest.raises(Unsupported):
+        Sampling(**wrong)
