@@ -67,7 +67,7 @@ def fingerprint(folder: Path, tokenizer: Any, quantization: str, memo: Path | No
     template = getattr(tokenizer, "chat_template", None) or ""
     return Fingerprint(
         config=_config_digest(folder / "config.json"),
-        tokenizer=_tokenizer_digest(folder),
+        tokenizer=_tokenizer_digest(folder, tokenizer),
         chat_template=_digest_of(template if isinstance(template, str) else json.dumps(template, sort_keys=True)),
         weights=weights_digest(folder, memo),
         quantization=quantization,
@@ -161,9 +161,12 @@ def _config_digest(path: Path) -> str:
     return _digest_of(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True))
 
 
-def _tokenizer_digest(folder: Path) -> str:
+def _tokenizer_digest(folder: Path, tokenizer: Any) -> str:
+    """Vocabulary and rules by their files, and which tokens are special, which other files decide."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    return _digest_of(*(f"{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files))
+    lines = [f"{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files]
+    return _digest_of(*lines, json.dumps(special, sort_keys=True))
 
 
 def _digest_of(*parts: str) -> str:

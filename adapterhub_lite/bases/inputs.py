@@ -77,9 +77,11 @@ def causal_inputs(
 
 def encoder_inputs(ids: torch.Tensor, mask: torch.Tensor, prefix: PrefixRows | None, config: Any) -> dict[str, Any]:
     """Arguments of an encoder's forward; with a prefix the positions of each row start after its own prefix."""
-    if prefix is None:
-        return {"input_ids": ids, "attention_mask": mask}
     offset = _position_offset(config)
+    if prefix is None:
+        plain = {"input_ids": ids, "attention_mask": mask}
+        # RoBERTa would count by token ids, and number a text that holds the padding token unlike in a mixed batch.
+        return plain if offset is None else {**plain, "position_ids": mask.cumsum(1) * mask + offset}
     if offset is None:
         positions = (prefix.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)[None, :]) * mask
     else:  # RoBERTa counts real tokens from padding_idx + 1 and gives pads padding_idx

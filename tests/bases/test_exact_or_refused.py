@@ -133,3 +133,12 @@ def test_a_card_with_a_field_of_the_wrong_kind_is_refused(fields):
     Card.from_bytes(json.dumps(good))
     with pytest.raises(FormatError, match=next(iter(fields))):
         Card.from_bytes(json.dumps({**good, **fields}))
+
+
+def test_another_end_token_is_another_tokenizer(folder):
+    before = load_base(str(folder), device="cpu").fingerprint
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<unk>"}))
+    after = load_base(str(folder), device="cpu").fingerprint
+    assert before.tokenizer != after.tokenizer
+    assert before.weights == after.weights

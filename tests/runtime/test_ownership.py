@@ -91,3 +91,14 @@ def test_logits_of_each_row_are_of_its_own_kind(tmp_path):
 def test_adapters_need_an_order(base, adapters):
     with pytest.raises(Unsupported, match="order"):
         Runtime(base, Store()).logits(ROWS, adapters)
+
+
+def test_a_text_that_holds_the_padding_token_is_numbered_alike_beside_a_prefix(tmp_path):
+    base = load_base(str(tiny.save("roberta", tmp_path)), device="cpu")
+    runtime = Runtime(base, Store())
+    lora, prefix = runtime.attach(build.lora(base, 1)), runtime.attach(build.prefix(base, 2))
+    row = [1, 40, base.pad_id, 41, base.pad_id, 42, 2]
+    alone = runtime.logits([row], lora)[0]
+    beside = runtime.logits([row, [1, 50, 2]], [lora, prefix])[0]
+    torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-6)
+    runtime.close()
