@@ -118,7 +118,7 @@ def _store(store: Store) -> Iterator[Fact]:
 
 
 def _why_this_store(store: Store) -> str:
-    from ..store.layout import default_root
+    from ..places import default_root
 
     if store.path != default_root().absolute():
         return "asked for with --store"
@@ -128,7 +128,7 @@ def _why_this_store(store: Store) -> str:
 
 
 def _cache() -> Iterator[Fact]:
-    from ..bases.fetch import cache_root
+    from ..places import cache_root
 
     named = "AHL_CACHE names it" if os.environ.get("AHL_CACHE") else "the user's cache folder; AHL_CACHE changes it"
     yield _place("cache", cache_root(), named)

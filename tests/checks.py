@@ -19,8 +19,8 @@ def assert_store_sound(path: Path) -> None:
         for folder in (path / "adapters").glob("*/*"):
             if folder.name.isdigit() and not folder.with_name(folder.name + ".removed").exists():
                 _assert_version(folder)
-        for alias in (path / "aliases").glob("*/*.json"):
-            _assert_alias(path, alias)
+        for folder in (path / "aliases").glob("*"):
+            _assert_aliases(path, folder)
         for blob in (path / "objects").glob("*/*"):
             digest = hashlib.sha256(blob.read_bytes()).hexdigest()
             assert (blob.name, blob.parent.name) == (digest, digest[:2]), f"{blob} holds {digest}"
@@ -36,8 +36,25 @@ def _assert_version(folder: Path) -> None:
         assert fact == {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}, folder / name
 
 
-def _assert_alias(path: Path, file: Path) -> None:
-    version = json.loads(file.read_bytes())["version"]
-    folder = path / "adapters" / file.parent.name / str(version)
-    removed = folder.with_name(f"{version}.removed")
-    assert version is None or (folder.is_dir() and not removed.exists()), f"{file} names a version that is not there"
+def _assert_aliases(path: Path, folder: Path) -> None:
+    """The moves of each alias are numbered without a gap and agree with their seals; the last names what is there."""
+    moves: dict[str, dict[int, Path]] = {}
+    for entry in folder.glob("*@*"):
+        alias, _, number = entry.name.partition("@")
+        moves.setdefault(alias, {})[int(number)] = entry / "move.json"
+    for alias, files in moves.items():
+        assert sorted(files) == list(range(1, len(files) + 1)), f"{folder.name}:{alias} lost a move"
+        told = [json.loads(files[number].read_bytes()) for number in sorted(files)]
+        for move in told:
+            seal = move.pop("seal")
+            plain = json.dumps(move, ensure_ascii=False, sort_keys=True, separators=(",", ":")) + "\n"
+            assert seal == hashlib.sha256(plain.encode()).hexdigest(), f"{folder.name}:{alias}"
+        moved = [move for move in told if move["event"] != "refuse"]
+        if moved and moved[-1]["version"] is not None:
+            version = path / "adapters" / folder.name / str(moved[-1]["version"])
+            removed = version.with_name(version.name + ".removed")
+            assert version.is_dir(), f"{folder.name}:{alias} names a version that is not there"
+            assert not removed.exists(), f"{folder.name}:{alias} names a version that was removed"
+            identity = json.loads((version / "manifest.json").read_bytes())
+            plain = json.dumps({"files": identity["files"], "format": 1}, sort_keys=True, indent=2) + "\n"
+            assert moved[-1]["digest"] == hashlib.sha256(plain.encode()).hexdigest(), f"{folder.name}:{alias}"

@@ -6,7 +6,6 @@ it came from. Never: runs code that came with a base, reads pickle, or leaves a 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ..errors import AdapterHubError, BaseUnavailable, NotFound
 from ..events import Listener, ignore
+from ..places import cache_root
 from . import hub, wheel
 from .catalog import CATALOG, CatalogEntry
 from .folder import check_folder
@@ -35,16 +35,6 @@ class BaseSource:
     """`folder`, `hub ORG/NAME` or `wheel PACKAGE==VERSION`."""
     revision: str | None
     """The commit of a Hub snapshot, the sha256 of a wheel, None for a folder."""
-
-
-def cache_root() -> Path:
-    """Where converted bases are kept: AHL_CACHE, else the platform's cache folder."""
-    named = os.environ.get("AHL_CACHE")
-    if named:
-        return Path(named).expanduser().absolute()
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("adapterhub-lite"))
 
 
 def cached(name: str, *, cache: Path | None = None) -> Path | None:

@@ -16,9 +16,10 @@ from torch import nn
 
 from ..errors import BaseUnavailable, Unsupported
 from ..events import Listener, Note, Stage, ignore
+from ..places import cache_root
 from .allocator import keep_freed_memory
 from .devices import DTYPES, Choice, choose_device, choose_dtype
-from .fetch import BaseSource, cache_root, locate
+from .fetch import BaseSource, locate
 from .fingerprint import Fingerprint, fingerprint, live_digest
 from .memory import MemoryReport, keep_working_copies, measure
 from .quantization import make_exact_on_cpu, quantization_config

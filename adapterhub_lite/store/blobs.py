@@ -1,4 +1,8 @@
-"""Contents by digest: they only save space. A version is whole without them, its files are links to them or copies."""
+"""Contents by digest: they only save space. A version is whole without them, and its files are links to them.
+
+An object is a second name of a file that a version has, made when those bytes are durable already. On a file system
+without hard links there are none.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,45 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..formats.files import read_regular
-from .fs import FileSystem, discard, ensure_folder, link_or_write, replace_file
+from .fs import NO_LINKS, FileSystem, discard, new_tmp, write_file
 from .layout import Layout
 
 
 def place(fs: FileSystem, layout: Layout, data: bytes, digest: str, target: Path) -> None:
-    """Put `data` at the new path `target`, sharing space with every equal content. A damaged object is replaced."""
+    """Put `data` at the new path `target`, durably, sharing space with equal content.
+
+    A damaged object is replaced by what is written here. An object may vanish at any time.
+    """
     blob = layout.object(digest)
-    if not _holds(blob, data):
-        ensure_folder(fs, blob.parent, layout.root)
-        replace_file(fs, layout.tmp, blob, data)
-    link_or_write(fs, blob, target, data)
+    if _holds(blob, data):
+        try:
+            fs.link(blob, target)
+            return
+        except OSError as error:
+            if error.errno not in NO_LINKS and not isinstance(error, FileNotFoundError):
+                raise
+    write_file(fs, target, data)
+    share(fs, layout, target, digest)
+
+
+def share(fs: FileSystem, layout: Layout, source: Path, digest: str) -> None:
+    """Make the durable file `source` the object of its content, in place of a damaged one; nothing without links."""
+    blob = layout.object(digest)
+    for folder in (layout.objects, blob.parent):  # not synced: nothing that must last depends on them
+        with suppress(FileExistsError):
+            fs.mkdir(folder)
+    staged = new_tmp(layout.tmp)
+    try:
+        fs.link(source, staged)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return
+    try:
+        fs.replace(staged, blob)
+    except BaseException:
+        discard(fs, staged)
+        raise
 
 
 def drop_unused(fs: FileSystem, layout: Layout, digests: list[str]) -> None:
@@ -30,9 +62,9 @@ def drop_unused(fs: FileSystem, layout: Layout, digests: list[str]) -> None:
 
 
 def _holds(blob: Path, data: bytes) -> bool:
-    if not blob.is_file() or blob.stat().st_size != len(data):
-        return False
     try:
+        if os.lstat(blob).st_size != len(data):
+            return False
         return read_regular(blob, len(data)) == data
     except (OSError, ValueError, LookupError):
-        return False  # unreadable, or removed meanwhile: write it anew
+        return False  # absent, unreadable, or removed meanwhile: write it anew

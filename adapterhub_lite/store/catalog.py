@@ -1,182 +1,233 @@
-"""What a store holds, read from its folders: numbers, entries, and what a reference means.
+"""What a store holds and what a reference means, read from its folders, which are the truth.
 
-The folders are the truth. An index may be put behind these functions; it would be derived from them.
+What was read is remembered while the folder it was read from does not change: a lookup is then one or two `stat` calls.
+A folder that changed so recently that a second change could carry the same time is read again.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterHubError, FormatError, InvalidName, NotFound, StoreCorrupt
+from ..errors import FormatError, InvalidName, NotFound, StoreCorrupt
 from ..formats.card import Card
-from ..names import Ref, check_name, check_version
-from .aliases import aliases_of, read_alias
-from .layout import CARD, TOMBSTONE, Layout, check_format
+from ..names import Ref, check_name
+from . import aliases
+from .aliases import Listed, Move
+from .layout import CARD, FORMAT, Layout
+from .manifest import Manifest
+from .migrate import read_format
+from .numbers import Numbers, numbers
 from .reading import load_manifest, read_file
 
+Mark = tuple[int, int, int, int]
+"""Device, inode, and times of change of a folder or file, in nanoseconds."""
+
+SETTLED = 2_000_000_000  # nanoseconds; the coarsest clock of a file system in use (FAT)
 _LIST = "See what there is with: ahl list"
+_KEPT = 4096  # names remembered
+_COMPARED = 2000  # names compared with one that is not there
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One version in a listing; `problem` says why its facts are missing, if they are."""
-
-    name: str
-    version: int
-    digest: str
-    created: str
-    aliases: tuple[str, ...] = ()
-    summary: dict[str, Any] = field(default_factory=dict)
-    problem: str = ""
-
-
-def names(layout: Layout) -> list[str]:
-    """Names with at least one version, in order."""
-    if not check_format(layout) or not layout.adapters.is_dir():
-        return []
-    found = sorted(path.name for path in layout.adapters.iterdir())
-    return [name for name in found if _is_name(name) and versions(layout, name)]
-
-
-def versions(layout: Layout, name: str) -> list[int]:
-    """The versions of a name that exist, oldest first."""
-    present, removed = _numbers(layout, name)
-    return sorted(present - removed)
-
-
-def removed_versions(layout: Layout, name: str) -> list[int]:
-    """The versions of a name that have a tombstone."""
-    return sorted(_numbers(layout, name)[1])
-
-
-def next_version(layout: Layout, name: str) -> int:
-    """One more than every number ever used."""
-    present, removed = _numbers(layout, name)
-    return max(present | removed, default=0) + 1
-
-
-def resolve(layout: Layout, ref: str | Ref) -> Ref:
-    """Bind a reference to a version and its digest.
-
-    Raises:
-        InvalidName: not a reference.
-        NotFound: with the nearest names, or the versions and aliases there are.
-        StoreCorrupt: the version or alias is damaged, or is not the one that the reference was resolved to.
-    """
-    ref = Ref.parse(ref)
-    check_format(layout)
-    existing = versions(layout, ref.name)
-    if not existing:
-        raise _no_name(layout, ref.name)
-    expected = ref.digest
-    if ref.version is not None:
-        version = ref.version
-    elif ref.alias is not None:
-        version, expected = _follow(layout, ref)
-    else:
-        version = existing[-1]
-    if version not in existing:
-        raise _no_version(layout, ref, version, existing)
-    return _bind(layout, ref, version, expected)
-
-
-def entries(layout: Layout) -> list[Entry]:
-    """Every version, by name and number; a damaged one is listed with its problem."""
-    return [entry for name in names(layout) for entry in _entries_of(layout, name)]
-
-
-def card_of(layout: Layout, name: str, version: int) -> Card:
-    """The checked card of a version."""
+def mark_of(path: Path) -> Mark | None:
+    """What changes when a folder does; None where there is none, or where it changed just now."""
     try:
-        return Card.from_bytes(read_file(layout, name, version, CARD))
+        stat = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    recent = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < SETTLED
+    return None if recent else (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@dataclass
+class _Name:
+    """What is remembered of one name."""
+
+    mark: Mark | None
+    numbers: Numbers
+    digests: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Aliases:
+    mark: Mark | None
+    listed: Listed
+    current: dict[str, Move | None] = field(default_factory=dict)
+
+
+class Catalog:
+    """Numbers, aliases and digests of one store. Several threads may use it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._format: tuple[Mark, int] | None = None
+        self._names: dict[str, _Name] = {}
+        self._aliases: dict[str, _Aliases] = {}
+
+    def format(self) -> int | None:
+        """As `migrate.read_format`."""
+        mark = mark_of(self._layout.store_file)
+        if mark is None or self._format is None or self._format[0] != mark:
+            found = read_format(self._layout)
+            self._format = (mark, found) if mark is not None and found is not None else None
+            return found
+        return self._format[1]
+
+    def names(self) -> list[str]:
+        """Names with at least one version, in order."""
+        if self.format() is None or not self._layout.adapters.is_dir():
+            return []
+        return [name for name in sorted(os.listdir(self._layout.adapters)) if is_name(name) and self.versions(name)]
+
+    def versions(self, name: str) -> list[int]:
+        """The versions of a name that exist, oldest first."""
+        return list(self._name(name).numbers.present)
+
+    def removed(self, name: str) -> list[int]:
+        """The versions of a name that were removed, oldest first."""
+        return list(self._name(name).numbers.removed)
+
+    def alias_names(self, name: str) -> list[str]:
+        """Every alias that was ever set, in order."""
+        return self._listed(name).listed.names
+
+    def current(self, name: str, alias: str) -> Move | None:
+        """The move that says what an alias names; None if it was never set. Raises StoreCorrupt."""
+        found = self._listed(name)
+        if alias not in found.current:
+            found.current[alias] = aliases.current(self._layout, name, alias, found.listed)
+        return found.current[alias]
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """The versions that the aliases of `name` point to. Raises StoreCorrupt."""
+        moves = {alias: self.current(name, alias) for alias in self.alias_names(name)}
+        return {alias: move.version for alias, move in moves.items() if move and move.version is not None}
+
+    def history(self, name: str, alias: str) -> tuple[Move, ...]:
+        """Every move of an alias, the latest last. Raises StoreCorrupt where one is damaged."""
+        return aliases.history(self._layout, name, alias, self._listed(name).listed)
+
+    def resolve(self, ref: str | Ref) -> Ref:
+        """Bind a reference to a version and its digest.
+
+        Raises:
+            InvalidName: not a reference.
+            NotFound: with the nearest names, or the versions and aliases there are.
+            StoreCorrupt: the version or alias is damaged, or is not the one that the reference was resolved to.
+        """
+        ref = Ref.parse(ref)
+        self.format()
+        present = self._name(ref.name).numbers.present
+        if not present:
+            raise self._no_name(ref.name)
+        expected = ref.digest
+        if ref.version is not None:
+            version = ref.version
+        elif ref.alias is not None:
+            version, expected = self._follow(ref)
+        else:
+            version = present[-1]
+        if version not in present:
+            raise self._no_version(ref, version)
+        return self._bind(ref, version, expected)
+
+    def digest(self, name: str, version: int) -> str:
+        """The identity of a version, as it was when it was read first. Raises NotFound, StoreCorrupt."""
+        known = self._name(name).digests
+        if version not in known:
+            known[version] = load_manifest(self._layout, name, version).digest
+        return known[version]
+
+    def forget(self, name: str) -> None:
+        """Read a name anew: this process has changed it."""
+        self._names.pop(name, None)
+        self._aliases.pop(name, None)
+
+    def _name(self, name: str) -> _Name:
+        folder = self._layout.versions(name)
+        mark = mark_of(folder)
+        known = self._names.get(name)
+        if known is None or mark is None or known.mark != mark:
+            known = _Name(mark, numbers(self._layout, name))
+            _remember(self._names, name, known)
+        return known
+
+    def _listed(self, name: str) -> _Aliases:
+        mark = mark_of(self._layout.aliases(name))
+        known = self._aliases.get(name)
+        if known is None or mark is None or known.mark != mark:
+            known = _Aliases(mark, aliases.listed(self._layout, name, self.format() or FORMAT))
+            _remember(self._aliases, name, known)
+        return known
+
+    def _follow(self, ref: Ref) -> tuple[int, str | None]:
+        move = self.current(ref.name, str(ref.alias))
+        if move is None or move.version is None:
+            raise NotFound(f"{ref.name} has no alias {ref.alias}. {self._present(ref.name)}", _LIST)
+        return move.version, move.digest
+
+    def _bind(self, ref: Ref, version: int, expected: str | None) -> Ref:
+        try:
+            digest = self.digest(ref.name, version)
+        except NotFound:
+            raise self._no_version(ref, version) from None
+        if expected is not None and expected != digest:
+            message = f"{ref.name}@{version} is {digest[:12]}, but {ref} stands for {expected[:12]}."
+            raise StoreCorrupt(message, "Find what is damaged with: ahl verify")
+        return ref.resolved(version, digest)
+
+    def _no_name(self, name: str) -> NotFound:
+        near = [other for other in _near(name, self._layout.adapters) if self.versions(other)]
+        hint = f"Did you mean {', '.join(near)}? {_LIST}" if near else _LIST
+        return NotFound(f"There is no adapter {name} in {self._layout.root}.", hint)
+
+    def _no_version(self, ref: Ref, version: int) -> NotFound:
+        if self._layout.tombstone(ref.name, version).exists():
+            return NotFound(f"{ref.name}@{version} was removed. {self._present(ref.name)}", _LIST)
+        return NotFound(f"There is no {ref.name}@{version}. {self._present(ref.name)}", _LIST)
+
+    def _present(self, name: str) -> str:
+        told = ", ".join(map(str, self.versions(name)[-8:]))
+        pointing = ", ".join(f"{alias} -> {number}" for alias, number in self.aliases(name).items())
+        return f"Versions: {told or 'none'}. Aliases: {pointing or 'none'}."
+
+
+def card_of(layout: Layout, name: str, version: int, manifest: Manifest | None = None) -> Card:
+    """The checked card of a version, as its maker wrote it."""
+    try:
+        return Card.from_bytes(read_file(layout, name, version, CARD, manifest))
     except FormatError as error:
         raise StoreCorrupt(f"{name}@{version}: {error.message}", error.hint) from None
 
 
-def _follow(layout: Layout, ref: Ref) -> tuple[int, str | None]:
-    record = read_alias(layout, ref.name, str(ref.alias))
-    if record is None or record.version is None:
-        raise NotFound(f"{ref.name} has no alias {ref.alias}. {_present(layout, ref.name)}", _LIST)
-    return record.version, record.digest
+def named(folder: Path) -> Iterator[tuple[str | None, Path]]:
+    """Every entry of a folder with its name, or None where that is not an adapter name."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        yield (path.name if is_name(path.name) else None), path
 
 
-def _bind(layout: Layout, ref: Ref, version: int, expected: str | None) -> Ref:
-    try:
-        digest = load_manifest(layout, ref.name, version).digest
-    except NotFound:
-        raise _no_version(layout, ref, version, versions(layout, ref.name)) from None
-    if expected is not None and expected != digest:
-        message = f"{ref.name}@{version} is {digest[:12]}, but {ref} stands for {expected[:12]}."
-        raise StoreCorrupt(message, "Find what is damaged with: ahl verify")
-    return ref.resolved(version, digest)
+def _near(name: str, folder: Path) -> list[str]:
+    """Names that look like this one; in a large store only among those with the same beginning."""
+    there = [other for other in (os.listdir(folder) if folder.is_dir() else ()) if is_name(other)]
+    if len(there) > _COMPARED:
+        there = [other for other in there if other[:2] == name[:2]][:_COMPARED]
+    return difflib.get_close_matches(name, there, n=3)
 
 
-def _no_name(layout: Layout, name: str) -> NotFound:
-    near = difflib.get_close_matches(name, names(layout), n=3)
-    hint = f"Did you mean {', '.join(near)}? {_LIST}" if near else _LIST
-    return NotFound(f"There is no adapter {name} in {layout.root}.", hint)
-
-
-def _no_version(layout: Layout, ref: Ref, version: int, existing: list[int]) -> NotFound:
-    if layout.tombstone(ref.name, version).exists():
-        return NotFound(f"{ref.name}@{version} was removed. {_present(layout, ref.name)}", _LIST)
-    return NotFound(f"There is no {ref.name}@{version}. {_present(layout, ref.name)}", _LIST)
-
-
-def _present(layout: Layout, name: str) -> str:
-    numbers = ", ".join(map(str, versions(layout, name)[-8:]))
-    aliases = ", ".join(f"{alias} -> {number}" for alias, number in aliases_of(layout, name).items())
-    return f"Versions: {numbers or 'none'}. Aliases: {aliases or 'none'}."
-
-
-def _entries_of(layout: Layout, name: str) -> Iterable[Entry]:
-    try:
-        pointing = aliases_of(layout, name)
-    except StoreCorrupt:
-        pointing = {}  # reported by verify; a listing goes on without
-    for version in versions(layout, name):
-        aliases = tuple(alias for alias, number in pointing.items() if number == version)
-        try:
-            digest = load_manifest(layout, name, version).digest
-            card = card_of(layout, name, version)
-        except AdapterHubError as error:
-            yield Entry(name, version, "", "", aliases, problem=str(error))
-        else:
-            yield Entry(name, version, digest, card.created, aliases, _summary(card))
-
-
-def _summary(card: Card) -> dict[str, Any]:
-    return {
-        **card.adapter,
-        "base": card.base.get("name"),
-        "quantization": card.base.get("quantization"),
-        "task": card.task.get("type"),
-        "measured_by": card.task.get("metrics") or [],
-        "origin": card.origin.get("kind"),
-        "metrics": card.metrics,
-    }
-
-
-def _numbers(layout: Layout, name: str) -> tuple[set[int], set[int]]:
-    """Numbers that have a folder, and numbers that have a tombstone."""
-    folder = layout.versions(name)
-    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    removed = {number for file in files if file.endswith(TOMBSTONE) for number in _number(file.removesuffix(TOMBSTONE))}
-    return {number for file in files for number in _number(file)}, removed
-
-
-def _number(text: str) -> list[int]:
-    try:
-        return [check_version(text)]
-    except InvalidName:
-        return []
-
-
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
+    """Whether a file name is that of an adapter."""
     try:
         return bool(check_name(text))
     except InvalidName:
         return False
+
+
+def _remember(kept: dict[str, Any], name: str, value: Any) -> None:
+    if len(kept) >= _KEPT and name not in kept:
+        kept.clear()
+    kept[name] = value

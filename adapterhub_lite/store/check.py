@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import AdapterHubError
 from ..formats.adapter_files import inventory
 from ..formats.peft_config import parse_adapter_config
 from ..formats.safetensors_header import read_header
-from ..names import Ref, check_digest, check_name
-from .aliases import alias_names, read_alias
-from .catalog import card_of, resolve, versions
-from .layout import CONFIG, MANIFEST, WEIGHTS, Layout, check_format
+from ..names import Ref, check_digest
+from .catalog import Catalog, card_of, named
+from .layout import CONFIG, MANIFEST, WEIGHTS, Layout
 from .manifest import FILES, FileFact
 from .reading import check_files, file_problem, load_manifest, read_file
 
@@ -30,25 +28,30 @@ class Finding:
 
 
 def verify(layout: Layout, ref: str | Ref | None = None) -> list[Finding]:
-    """Check one version, or every version, alias and object."""
+    """Check one version, or every version, alias and object. Reads everything anew, whatever is remembered."""
+    catalog = Catalog(layout)
     try:
         if ref is not None:
-            found = resolve(layout, ref)
+            found = catalog.resolve(ref)
             return list(_version_findings(layout, found.name, int(found.version or 0)))
-        if not check_format(layout):
+        if catalog.format() is None:
             return []
     except AdapterHubError as error:
         return [Finding(str(ref or "store.json"), str(error))]
-    return [*_all_versions(layout), *_all_aliases(layout), *_all_objects(layout)]
+    return [*_all_versions(layout, catalog), *_all_aliases(layout, catalog), *_all_objects(layout)]
 
 
-def _all_versions(layout: Layout) -> Iterator[Finding]:
-    for name, path in _named(layout.adapters):
+def _all_versions(layout: Layout, catalog: Catalog) -> Iterator[Finding]:
+    for name, path in named(layout.adapters):
         if name is None:
             yield Finding(f"adapters/{path.name}", "is not an adapter name")
             continue
-        for version in versions(layout, name):
+        present, removed = catalog.versions(name), catalog.removed(name)
+        for version in present:
             yield from _version_findings(layout, name, version)
+        # Numbers are given out without a gap, and a removed version leaves a tombstone.
+        for version in sorted(set(range(1, max([*present, *removed, 0]) + 1)) - {*present, *removed}):
+            yield Finding(f"{name}@{version}", "is missing: its folder is gone, and nothing says that it was removed")
 
 
 def _version_findings(layout: Layout, name: str, version: int) -> Iterator[Finding]:
@@ -66,20 +69,21 @@ def _version_findings(layout: Layout, name: str, version: int) -> Iterator[Findi
         yield Finding(where, f"holds files that are not part of it: {', '.join(sorted(extra))}")
 
 
-def _all_aliases(layout: Layout) -> Iterator[Finding]:
-    for name, path in _named(layout.all_aliases):
+def _all_aliases(layout: Layout, catalog: Catalog) -> Iterator[Finding]:
+    for name, path in named(layout.all_aliases):
         if name is None:
             yield Finding(f"aliases/{path.name}", "is not an adapter name")
             continue
-        for alias in alias_names(layout, name):
-            yield from _alias_findings(layout, name, alias)
+        for alias in catalog.alias_names(name):
+            yield from _alias_findings(catalog, name, alias)
 
 
-def _alias_findings(layout: Layout, name: str, alias: str) -> Iterator[Finding]:
+def _alias_findings(catalog: Catalog, name: str, alias: str) -> Iterator[Finding]:
     try:
-        record = read_alias(layout, name, alias)
-        if record is not None and record.version is not None:
-            resolve(layout, f"{name}:{alias}")
+        catalog.history(name, alias)
+        move = catalog.current(name, alias)
+        if move is not None and move.version is not None:
+            catalog.resolve(f"{name}:{alias}")
     except AdapterHubError as error:
         yield Finding(f"{name}:{alias}", str(error))
 
@@ -95,12 +99,3 @@ def _all_objects(layout: Layout) -> Iterator[Finding]:
             problem = str(error)
         if problem:
             yield Finding(where, problem)
-
-
-def _named(folder: Path) -> Iterator[tuple[str | None, Path]]:
-    """Every entry of a folder with its name, or None where that is not an adapter name."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        try:
-            yield check_name(path.name), path
-        except AdapterHubError:
-            yield None, path

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -20,7 +20,7 @@ from ..errors import AdapterHubError, StoreError, StoreFull
 IMMUTABLE = 0o444
 MUTABLE = 0o644
 _FULL = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
-_NO_LINKS = frozenset(
+NO_LINKS = frozenset(
     getattr(errno, name)
     for name in ("EPERM", "EXDEV", "EMLINK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP")
     if hasattr(errno, name)
@@ -102,11 +102,17 @@ def storing(what: str, where: Path, needed: int = 0) -> Iterator[None]:
 
 def write_file(fs: FileSystem, path: Path, data: bytes, mode: int = IMMUTABLE) -> None:
     """Write a new file and make its bytes durable; its name is durable after `fsync_dir` of its folder."""
+    write_chunks(fs, path, (data,), mode)
+
+
+def write_chunks(fs: FileSystem, path: Path, chunks: Iterable[bytes | memoryview], mode: int = IMMUTABLE) -> None:
+    """`write_file` for bytes that come in parts."""
     fd = fs.create(path, mode)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[fs.write(fd, view) :]
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                view = view[fs.write(fd, view) :]
         fs.fsync(fd)
     finally:
         fs.close(fd)
@@ -122,16 +128,6 @@ def replace_file(fs: FileSystem, tmp: Path, path: Path, data: bytes, mode: int =
         discard(fs, staged)
         raise
     fs.fsync_dir(path.parent)
-
-
-def link_or_write(fs: FileSystem, source: Path, target: Path, data: bytes) -> None:
-    """Make `target` a hard link to `source`, or a copy where that is impossible. `source` may vanish at any time."""
-    try:
-        fs.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS and not isinstance(error, FileNotFoundError):
-            raise
-        write_file(fs, target, data)
 
 
 def ensure_folder(fs: FileSystem, path: Path, top: Path) -> None:

@@ -1,10 +1,15 @@
-"""The manifest of a version: digest and size of each of its files. Its own digest is the identity of the version."""
+"""The manifest of a version: digest and size of each of its files. Its own digest is the identity of the version.
+
+A version that came from another store with its card keeps its identity. How it came here is written beside the files,
+under a seal of its own, and is not part of the identity.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import FormatError, InvalidName
 from ..formats.strict_json import dump, parse_object
@@ -12,7 +17,8 @@ from ..names import check_digest
 from .layout import CARD, CONFIG, WEIGHTS
 
 FILES = frozenset({CONFIG, WEIGHTS, CARD})
-MAX_BYTES = 1 << 16
+MAX_BYTES = 1 << 18
+_FACT = '    "%s": {\n      "sha256": "%s",\n      "size": %d\n    }'
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +36,52 @@ class FileFact:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The files of one version by name, without the manifest itself."""
+    """The files of one version by name, without the manifest itself.
+
+    `received` says where a version came from that was not made here, and is None for one that was.
+    """
 
     files: Mapping[str, FileFact]
+    received: Mapping[str, Any] | None = None
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON; one set of files has one form."""
-        files = {name: {"sha256": fact.sha256, "size": fact.size} for name, fact in self.files.items()}
-        return dump({"files": files, "format": 1}, indent=2)
+        """Canonical JSON; one manifest has one form."""
+        if self.received is None:
+            return self._identity()
+        told = {"files": self._files(), "format": 2, "received": dict(self.received)}
+        return dump({**told, "seal": sha256(dump(told))}, indent=2)
 
     @property
     def digest(self) -> str:
-        """sha256 of the canonical bytes."""
-        return sha256(self.to_bytes())
+        """The identity: sha256 of the canonical bytes without `received`."""
+        return sha256(self._identity())
+
+    @property
+    def original(self) -> Manifest:
+        """The manifest as the store wrote it that made the version."""
+        return replace(self, received=None)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Read a manifest; anything but the canonical form of exactly our files is a FormatError."""
         raw = parse_object(data, "manifest.json", limit=MAX_BYTES)
-        files = raw.get("files")
+        files, received = raw.get("files"), raw.get("received")
         if not isinstance(files, dict) or set(files) != FILES:
             raise FormatError("manifest.json does not list exactly the files of a version.")
-        manifest = cls({name: _fact(name, value) for name, value in files.items()})
+        if received is not None and not isinstance(received, dict):
+            raise FormatError("manifest.json does not say where the version came from.")
+        manifest = cls({name: _fact(name, value) for name, value in files.items()}, received)
         if manifest.to_bytes() != data:
-            raise FormatError("manifest.json is not in its canonical form.")
+            raise FormatError("manifest.json does not match its seal, or is not in its canonical form.")
         return manifest
+
+    def _files(self) -> dict[str, Any]:
+        return {name: {"sha256": fact.sha256, "size": fact.size} for name, fact in self.files.items()}
+
+    def _identity(self) -> bytes:
+        """`dump({"files": ..., "format": 1}, indent=2)`, written out: every lookup of a new name needs it."""
+        facts = ",\n".join(_FACT % (name, fact.sha256, fact.size) for name, fact in sorted(self.files.items()))
+        return f'{{\n  "files": {{\n{facts}\n  }},\n  "format": 1\n}}\n'.encode()
 
 
 def sha256(data: bytes) -> str:

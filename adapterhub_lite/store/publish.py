@@ -7,6 +7,7 @@ Readers take no folder that has a tombstone, so clearing it away afterwards is n
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,31 +17,52 @@ from ..errors import StoreError
 from ..formats.card import utc_now
 from ..formats.strict_json import dump
 from .blobs import drop_unused, place
-from .catalog import next_version, removed_versions
-from .fs import FileSystem, discard, ensure_folder, new_tmp, replace_file
-from .layout import MANIFEST, Layout, ensure_store
+from .fs import FileSystem, discard, ensure_folder, new_tmp, replace_file, write_file
+from .layout import CONFIG, MANIFEST, WEIGHTS, Layout
 from .manifest import FileFact, Manifest
+from .migrate import ensure_store
+from .numbers import numbers, taken
 from .reading import load_manifest
 
 STALE_SECONDS = 24 * 3600.0  # no operation works on one temporary entry for so long
 _ATTEMPTS = 10_000
+_LOOK = 32  # after so many taken numbers, list them
 _TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+_SHARED = (CONFIG, WEIGHTS)  # a card or manifest is like no other
 
 
-def publish(fs: FileSystem, layout: Layout, name: str, contents: Mapping[str, bytes]) -> tuple[int, str]:
-    """Make a new version of `name` with these files; return its number and digest."""
+def publish(
+    fs: FileSystem,
+    layout: Layout,
+    name: str,
+    contents: Mapping[str, bytes],
+    received: Mapping[str, object] | None = None,
+    after: int | None = None,
+) -> tuple[int, Manifest]:
+    """Make a new version of `name` with these files; return its number and manifest.
+
+    Args:
+        received: where it came from, for a version that keeps its identity.
+        after: the highest number known to be taken, if one is: saves listing the others.
+    """
     ensure_store(fs, layout)
-    sweep(fs, layout, name)
-    ensure_folder(fs, layout.versions(name), layout.root)
-    manifest = Manifest({file: FileFact.of(data) for file, data in contents.items()})
+    sweep_tmp(fs, layout)
+    if after is None:
+        after = numbers(layout, name).highest
+    if not after:  # whoever published a version has made the folder durable
+        ensure_folder(fs, layout.versions(name), layout.root)
+    manifest = Manifest({file: FileFact.of(data) for file, data in contents.items()}, received)
     staged = new_tmp(layout.tmp)
     try:
         fs.mkdir(staged)
         for file, data in contents.items():
-            place(fs, layout, data, manifest.files[file].sha256, staged / file)
-        place(fs, layout, manifest.to_bytes(), manifest.digest, staged / MANIFEST)
+            if file in _SHARED:
+                place(fs, layout, data, manifest.files[file].sha256, staged / file)
+            else:
+                write_file(fs, staged / file, data)
+        write_file(fs, staged / MANIFEST, manifest.to_bytes())
         fs.fsync_dir(staged)
-        return _claim(fs, layout, name, staged), manifest.digest
+        return _claim(fs, layout, name, staged, after), manifest
     except BaseException:
         discard(fs, staged)
         raise
@@ -49,53 +71,29 @@ def publish(fs: FileSystem, layout: Layout, name: str, contents: Mapping[str, by
 def remove(fs: FileSystem, layout: Layout, name: str, version: int, digest: str) -> None:
     """Remove a version: its tombstone is the decision, the rest is tidying."""
     ensure_store(fs, layout)
-    tombstone = dump({"digest": digest, "removed": utc_now(), "version": version})
-    replace_file(fs, layout.tmp, layout.tombstone(name, version), tombstone)
-    _clear(fs, layout, name, version)
+    _bury(fs, layout, name, version, digest)
+    clear(fs, layout, name, version)
 
 
-def sweep(fs: FileSystem, layout: Layout, name: str) -> None:
-    """Remove what crashed operations left: old temporary entries, and folders of removed versions of `name`."""
-    for entry in layout.tmp.iterdir():
-        with suppress(OSError):
-            if time.time() - entry.lstat().st_mtime > STALE_SECONDS:
-                discard(fs, entry)
-    for version in removed_versions(layout, name):
-        if layout.version(name, version).exists():
-            _clear(fs, layout, name, version)
+def sweep_tmp(fs: FileSystem, layout: Layout, older_than: float = STALE_SECONDS) -> None:
+    """Remove temporary entries of crashed operations."""
+    for entry in stale(layout, older_than):
+        discard(fs, entry)
 
 
-def _claim(fs: FileSystem, layout: Layout, name: str, staged: Path) -> int:
-    """Rename `staged` onto the first free number, trying the next one when another writer was faster."""
-    for _ in range(_ATTEMPTS):
-        version = next_version(layout, name)
-        target = layout.version(name, version)
-        try:
-            fs.rename(staged, target)
-        except OSError as error:
-            if error.errno not in _TAKEN:
-                raise
-            continue
-        # A version that was published and removed since we looked leaves the number free but its tombstone in place.
-        if not layout.tombstone(name, version).exists():
-            _settle(fs, target, staged)
-            return version
-        fs.rename(target, staged)
-    raise StoreError(f"No free version number for {name} after {_ATTEMPTS} attempts.", "Try again.")
+def stale(layout: Layout, older_than: float = STALE_SECONDS) -> list[Path]:
+    """Temporary entries that nothing has touched for `older_than` seconds."""
+    found = []
+    with suppress(OSError), os.scandir(layout.tmp) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > older_than:
+                    found.append(Path(entry.path))
+    return found
 
 
-def _settle(fs: FileSystem, target: Path, staged: Path) -> None:
-    """Make a published name durable, or take it back: what was not acknowledged should not stay."""
-    try:
-        fs.fsync_dir(target.parent)
-    except OSError:
-        with suppress(OSError):
-            fs.rename(target, staged)
-        raise
-
-
-def _clear(fs: FileSystem, layout: Layout, name: str, version: int) -> None:
-    """Move the folder of a removed version away and free its contents. Failing here leaves garbage for `sweep`."""
+def clear(fs: FileSystem, layout: Layout, name: str, version: int) -> None:
+    """Move the folder of a removed version away and free its contents. Failing here leaves garbage for `gc`."""
     digests: list[str] = []
     with suppress(OSError, ValueError, LookupError):
         manifest = load_manifest(layout, name, version)
@@ -106,3 +104,43 @@ def _clear(fs: FileSystem, layout: Layout, name: str, version: int) -> None:
         fs.fsync_dir(layout.versions(name))
         discard(fs, away)
         drop_unused(fs, layout, digests)
+
+
+def _claim(fs: FileSystem, layout: Layout, name: str, staged: Path, after: int) -> int:
+    """Rename `staged` onto the first free number, trying the next one when another writer was faster."""
+    version = after
+    for attempt in range(1, _ATTEMPTS):
+        version = 1 + (version if attempt % _LOOK else max(version, numbers(layout, name).highest))
+        if taken(layout, name, version):
+            continue
+        target = layout.version(name, version)
+        try:
+            fs.rename(staged, target)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            continue
+        # A version that was published and removed since we looked leaves the number free but its tombstone in place.
+        if not layout.tombstone(name, version).exists():
+            _settle(fs, layout, name, version, staged)
+            return version
+        fs.rename(target, staged)
+    raise StoreError(f"No free version number for {name} after {_ATTEMPTS} attempts.", "Try again.")
+
+
+def _settle(fs: FileSystem, layout: Layout, name: str, version: int, staged: Path) -> None:
+    """Make a published name durable, or take it back: what was not acknowledged should not stay."""
+    target = layout.version(name, version)
+    try:
+        fs.fsync_dir(target.parent)
+    except OSError:
+        with suppress(OSError):
+            fs.rename(target, staged)
+            if numbers(layout, name).highest > version:  # another writer went on from it: leave no gap
+                _bury(fs, layout, name, version, "")
+        raise
+
+
+def _bury(fs: FileSystem, layout: Layout, name: str, version: int, digest: str) -> None:
+    tombstone = dump({"digest": digest, "removed": utc_now(), "version": version})
+    replace_file(fs, layout.tmp, layout.tombstone(name, version), tombstone)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError, NotFound, StoreCorrupt
+from ..formats.card import Card
 from ..formats.files import open_regular, read_regular
-from .layout import MANIFEST, Layout
+from ..names import Ref
+from .layout import CARD, CONFIG, MANIFEST, WEIGHTS, Layout
 from .manifest import MAX_BYTES, FileFact, Manifest
+from .received import trusted_view
 
 _REPAIR = "Restore it from a copy of the store, or remove the version and import or train it again."
 
@@ -30,16 +34,10 @@ def load_manifest(layout: Layout, name: str, version: int) -> Manifest:
         raise corrupt(name, version, error.message) from None
 
 
-def read_file(layout: Layout, name: str, version: int, file: str) -> bytes:
+def read_file(layout: Layout, name: str, version: int, file: str, manifest: Manifest | None = None) -> bytes:
     """The bytes of one file of a version, checked against its manifest. Raises as `load_manifest`."""
-    fact = load_manifest(layout, name, version).files[file]
-    try:
-        data = read_regular(layout.version(name, version) / file, fact.size)
-    except (NotFound, FormatError) as error:
-        raise corrupt(name, version, error.message) from None
-    if FileFact.of(data) != fact:
-        raise corrupt(name, version, f"{file} does not match its digest {fact.sha256[:12]}.")
-    return data
+    manifest = manifest or load_manifest(layout, name, version)
+    return _checked(layout, name, version, file, manifest.files[file])
 
 
 def check_files(layout: Layout, name: str, version: int, manifest: Manifest) -> None:
@@ -48,6 +46,56 @@ def check_files(layout: Layout, name: str, version: int, manifest: Manifest) -> 
         problem = file_problem(layout.version(name, version) / file, fact)
         if problem:
             raise corrupt(name, version, f"{file} {problem}.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The verified bytes of one version."""
+
+    ref: Ref
+    config: bytes
+    weights: bytes
+    card: Card
+
+
+def read_version(layout: Layout, ref: Ref) -> Stored:
+    """Read each file of a resolved version once, and check those very bytes.
+
+    Raises:
+        NotFound: it was removed meanwhile.
+        StoreCorrupt: a file is not what it was when it was stored.
+    """
+    name, version = ref.name, ref.version or 0
+    manifest = load_manifest(layout, name, version)
+    check_identity(name, version, manifest, ref)
+    files = {file: _checked(layout, name, version, file, fact) for file, fact in manifest.files.items()}
+    try:
+        card = trusted_view(Card.from_bytes(files[CARD]), manifest.received)
+    except FormatError as error:
+        raise corrupt(name, version, error.message) from None
+    return Stored(ref, files[CONFIG], files[WEIGHTS], card)
+
+
+def check_identity(name: str, version: int, manifest: Manifest, ref: Ref) -> None:
+    """Raise StoreCorrupt if a manifest is not the one `ref` was resolved to."""
+    if manifest.digest != ref.digest:
+        raise corrupt(name, version, f"it is {manifest.digest[:12]} now, but {ref} stands for {str(ref.digest)[:12]}.")
+
+
+def _checked(layout: Layout, name: str, version: int, file: str, fact: FileFact) -> bytes:
+    try:
+        data = read_regular(layout.version(name, version) / file, fact.size)
+    except NotFound as error:
+        if layout.tombstone(name, version).exists():
+            raise NotFound(f"{name}@{version} was removed.", "See what there is with: ahl list") from None
+        raise corrupt(name, version, error.message) from None
+    except FormatError as error:
+        raise corrupt(name, version, error.message) from None
+    if len(data) != fact.size:
+        raise corrupt(name, version, f"{file} has {len(data)} bytes instead of {fact.size}.")
+    if FileFact.of(data) != fact:
+        raise corrupt(name, version, f"{file} does not match its digest {fact.sha256[:12]}.")
+    return data
 
 
 def file_problem(path: Path, fact: FileFact) -> str:

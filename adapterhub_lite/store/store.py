@@ -5,47 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError, InvalidName, NotFound, StoreError
+from ..errors import FormatError, NotFound, StoreError
 from ..formats.card import Card
 from ..formats.files import read_regular
-from ..formats.peft_config import MAX_BYTES, parse_adapter_config
-from ..formats.specs import Spec
 from ..names import Ref, check_alias, check_name, check_version
-from . import catalog, check, publish, reading, transfer
-from .aliases import Move, aliases_of, move_alias, read_alias
-from .catalog import Entry
-from .check import Finding
+from .aliases import Move
 from .fs import FileSystem, storing
-from .layout import CARD, CONFIG, WEIGHTS, Layout, default_root, ensure_store
+from .layout import CARD, CONFIG, WEIGHTS
 from .manifest import Manifest
-from .vetting import vet
+from .reader import Names, StoreReader, version_of
 
-Entries = list[Entry]
-Findings = list[Finding]
-Names = list[str]
-Versions = list[int]
+if TYPE_CHECKING:  # imported by the methods that need them
+    from .gc import Leftover
+    from .repair import Healed
 
 
-class Store:
+class Store(StoreReader):
     """Adapters by name and version in one folder. Reading creates nothing; the first write makes the folder.
 
     References are `name` (newest version), `name@3` or `name:prod`. Every method that takes one raises InvalidName,
     NotFound, StoreCorrupt or StoreNewer; every method that writes also StoreError and StoreFull. After those nothing
     was published; where only the last sync of a moved alias or a removal failed, it may be seen although it is not
-    durable.
+    durable. Several threads and processes may use one store at once.
     """
 
     def __init__(self, path: str | Path | None = None, fs: FileSystem | None = None) -> None:
         """`path`: the folder; by default the one AHL_HOME names, else the user's data folder."""
-        self._layout = Layout(Path(path).absolute() if path is not None else default_root().absolute())
+        super().__init__(path)
         self._fs = fs or FileSystem()
-
-    @property
-    def path(self) -> Path:
-        """The folder of the store; it may not exist yet."""
-        return self._layout.root
+        self._highest: dict[str, int] = {}  # numbers that this object has published
 
     def prepare(self) -> None:
         """Make the store if it is not there yet: finds before long work that nothing could be stored after it.
@@ -53,8 +43,12 @@ class Store:
         Raises:
             StoreError, StoreFull, StoreNewer: why it cannot be written.
         """
+        from .migrate import ensure_store
+
         with storing("prepare the store", self.path):
             ensure_store(self._fs, self._layout)
+
+    migrate = prepare
 
     def put(self, name: str, files: Mapping[str, bytes | Path], card: Card) -> Ref:
         """Check an adapter and publish it as a new version; the resolved reference says which.
@@ -65,77 +59,94 @@ class Store:
         Raises:
             FormatError, UnsafeFile, Unsupported, AdapterMismatch, NoEffect: refused before anything is written.
         """
+        from .incoming import LIMITS
+        from .vetting import vet
+
         check_name(name)
         if set(files) != {CONFIG, WEIGHTS}:
             raise FormatError(f"An adapter is {CONFIG} and {WEIGHTS}, got {', '.join(sorted(files)) or 'nothing'}.")
-        vetted = vet(_bytes(files[CONFIG], MAX_BYTES), _bytes(files[WEIGHTS], transfer.MAX_WEIGHTS))
+        vetted = vet(_bytes(files[CONFIG], LIMITS[CONFIG]), _bytes(files[WEIGHTS], LIMITS[WEIGHTS]))
         described = replace(card, adapter={**card.adapter, **vetted.facts}).to_bytes()
-        contents = {CONFIG: vetted.config, WEIGHTS: vetted.weights, CARD: described}
-        with storing(f"store {name}", self.path, sum(map(len, contents.values()))):
-            version, digest = publish.publish(self._fs, self._layout, name, contents)
-        return Ref(name).resolved(version, digest)
+        return self._publish(name, {CONFIG: vetted.config, WEIGHTS: vetted.weights, CARD: described})
 
-    def resolve(self, ref: str | Ref) -> Ref:
-        """The reference, bound to its version and digest."""
-        return catalog.resolve(self._layout, ref)
+    def import_(
+        self,
+        path: str | Path,
+        name: str,
+        base_card: Mapping[str, Any] | None = None,
+        source: Mapping[str, str] | None = None,
+    ) -> Ref:
+        """Store an adapter from a PEFT folder or an archive (.tar, .tar.gz, .zip) as a new version.
 
-    def folder(self, ref: str | Ref) -> Path:
-        """The folder of a version, unchecked: for showing where it is. To load it, use `verified_folder`."""
-        return self._layout.version(*self._at(ref))
+        What a store exported and nobody changed keeps its card and its digest; it is not stored twice under one name.
 
-    def verified_folder(self, ref: str | Ref) -> Path:
-        """The folder of a version after checking size and sha256 of each of its files; plain PEFT loads it."""
-        found = self.resolve(ref)
-        name, version = found.name, _version(found)
-        manifest = reading.load_manifest(self._layout, name, version)
-        if manifest.digest != found.digest:
-            raise reading.corrupt(name, version, "its manifest changed while it was read.")
-        reading.check_files(self._layout, name, version, manifest)
-        return self._layout.version(name, version)
+        Args:
+            base_card: adds to what its card says of the base.
+            source: where it was got from, to be written down, such as {"kind": "hub", "repo": ..., "commit": ...}.
 
-    def card(self, ref: str | Ref) -> Card:
-        """The card of a version, checked."""
-        return catalog.card_of(self._layout, *self._at(ref))
+        Raises:
+            UnsafeFile, FormatError, Unsupported, AdapterMismatch, NoEffect: refused before anything is written.
+        """
+        from .incoming import read_incoming
 
-    def spec(self, ref: str | Ref) -> Spec:
-        """What kind of adapter a version is, checked."""
-        return parse_adapter_config(reading.read_file(self._layout, *self._at(ref), CONFIG))
+        check_name(name)
+        found = read_incoming(path, base_card, source)
+        if found.contents is not None:
+            return self._twin(name, found.contents) or self._publish(name, found.contents, found.received)
+        return self.put(name, {CONFIG: found.vetted.config, WEIGHTS: found.vetted.weights}, found.card)
 
-    def manifest(self, ref: str | Ref) -> Manifest:
-        """Digest and size of each file of a version."""
-        return reading.load_manifest(self._layout, *self._at(ref))
+    def alias(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        event: str = "set",
+        reason: Mapping[str, Any] | None = None,
+        expected: Move | None = None,
+    ) -> Ref:
+        """Point an alias at a version, newly or anew.
 
-    def names(self) -> Names:
-        """Names that have a version, in order."""
-        return catalog.names(self._layout)
-
-    def versions(self, name: str) -> Versions:
-        """The versions of a name, oldest first; empty when there are none."""
-        return catalog.versions(self._layout, name)
-
-    def aliases(self, name: str) -> dict[str, int]:
-        """The aliases of a name and the versions they point to."""
-        return aliases_of(self._layout, name)
-
-    def alias_history(self, name: str, alias: str) -> tuple[Move, ...]:
-        """Every move of an alias, the latest last: what to go back to."""
-        record = read_alias(self._layout, name, alias)
-        return record.history if record else ()
-
-    def alias(self, name: str, alias: str, version: int) -> Ref:
-        """Point an alias at a version, newly or anew."""
+        Args:
+            event, reason: what the log says of it.
+            expected: refuse with StoreError if the alias was moved since this move.
+        """
         found = self.resolve(Ref(check_name(name), version=check_version(version)))
-        check_alias(alias)
         with storing(f"set {name}:{alias}", self.path):
-            move_alias(self._fs, self._layout, name, alias, found.version, found.digest)
+            move = Move(found.version, found.digest, "", event, dict(reason or {}))
+            self._move(name, check_alias(alias), move, expected.number if expected else None)
         return replace(found, alias=alias)
+
+    def refuse(self, name: str, alias: str, version: int, reason: Mapping[str, Any]) -> None:
+        """Keep in the log that an alias was not moved to a version, and why."""
+        found = self.resolve(Ref(check_name(name), version=check_version(version)))
+        with storing(f"note a decision on {name}:{alias}", self.path):
+            self._move(name, check_alias(alias), Move(found.version, found.digest, "", "refuse", dict(reason)))
+
+    def rollback(self, name: str, alias: str) -> Ref:
+        """Point an alias at what it named before its last move; again, one further back.
+
+        Raises:
+            NotFound: it names nothing, or named nothing else that still exists.
+        """
+        from .journal import before
+
+        current = self.resolve(Ref(check_name(name), alias=check_alias(alias)))
+        history = self.alias_history(name, alias)
+        version = before(history, self.versions(name))
+        if version is None:
+            raise NotFound(
+                f"{name}:{alias} named no other version that still exists before {name}@{current.version}.",
+                f"See its history with: ahl log {name}",
+            )
+        return self.alias(name, alias, version, event="rollback", reason={"from": current.version})
 
     def unalias(self, name: str, alias: str) -> None:
         """Take an alias away; its history stays. Raises NotFound if it points nowhere."""
         if alias not in self.aliases(name):
             raise NotFound(f"{name} has no alias {check_alias(alias)}.", "See what there is with: ahl list")
         with storing(f"remove {name}:{alias}", self.path):
-            move_alias(self._fs, self._layout, name, alias, None, None)
+            self._move(name, alias, Move(None, None, "", "remove"))
 
     def remove(self, ref: str | Ref, force: bool = False) -> Ref:
         """Remove a version for ever; its number is not used again.
@@ -143,8 +154,10 @@ class Store:
         Refused with StoreError while an alias points to it or another version was made from it, unless `force`: then
         those aliases are taken away, and the children keep naming a parent that is gone.
         """
+        from . import publish
+
         found = self.resolve(ref)
-        name, version = found.name, _version(found)
+        name, version = found.name, version_of(found)
         pointing = [alias for alias, number in self.aliases(name).items() if number == version]
         users = [f"{name}:{alias}" for alias in pointing] + self._children(found)
         if users and not force:
@@ -155,58 +168,78 @@ class Store:
             self.unalias(name, alias)
         with storing(f"remove {name}@{version}", self.path):
             publish.remove(self._fs, self._layout, name, version, str(found.digest))
+        self._catalog.forget(name)
         return found
 
-    def import_(self, path: str | Path, name: str, base_card: dict[str, Any] | None = None) -> Ref:
-        """Store a PEFT folder as a new version. `base_card` adds to what its card says of the base.
+    def export(self, ref: str | Ref, target: str | Path) -> Path:
+        """Write a version as a PEFT folder with its card, or as one file where `target` ends in .tar.
 
-        Raises:
-            UnsafeFile, FormatError, Unsupported, AdapterMismatch, NoEffect: refused before anything is written.
+        The target must be absent, or an empty folder. Another store imports it with the same digest.
         """
-        check_name(name)
-        files, card = transfer.read_folder(path, base_card)
-        return self.put(name, files, card)
+        from .outgoing import export
 
-    def export(self, ref: str | Ref, folder: str | Path) -> Path:
-        """Write a version as a PEFT folder with its card; the target must be absent or an empty folder."""
         name, version = self._at(ref)
-        size = sum(fact.size for fact in reading.load_manifest(self._layout, name, version).files.values())
-        with storing(f"export {name}@{version}", Path(folder).absolute().parent, size):
-            return transfer.export_folder(self._fs, self._layout, name, version, Path(folder))
+        size = sum(fact.size for fact in self.manifest(ref).files.values())
+        with storing(f"export {name}@{version}", Path(target).absolute().parent, size):
+            return export(self._fs, self._layout, name, version, Path(target))
 
-    def verify(self, ref: str | Ref | None = None) -> Findings:
-        """Everything wrong with one version, or with every version, alias and object. Reports; does not raise."""
-        return check.verify(self._layout, ref)
+    def gc(self, dry_run: bool = False, older_than: float | None = None) -> list[Leftover]:
+        """Remove what crashed or finished work has left behind; returns what is gone, or would be.
 
-    def list(self) -> Entries:
-        """Every version, by name and number."""
-        return catalog.entries(self._layout)
+        Args:
+            older_than: seconds since a temporary entry was touched last; by default a day.
+        """
+        from . import gc, publish
 
-    def _at(self, ref: str | Ref) -> tuple[str, int]:
-        found = self.resolve(ref)
-        return found.name, _version(found)
+        age = publish.STALE_SECONDS if older_than is None else older_than
+        if self._catalog.format() is None:
+            return []
+        if dry_run:
+            return gc.leftovers(self._layout, self._catalog, age)
+        with storing("remove leftovers", self.path):
+            return gc.collect(self._fs, self._layout, self._catalog, age)
+
+    def repair(self) -> list[Healed]:
+        """Restore damaged files of versions from equal content that is sound; returns what was healed."""
+        from . import repair
+
+        with storing("repair the store", self.path):
+            return repair.repair(self._fs, self._layout, self._catalog)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _publish(self, name: str, contents: Mapping[str, bytes], received: Mapping[str, Any] | None = None) -> Ref:
+        from . import publish
+
+        with storing(f"store {name}", self.path, sum(map(len, contents.values()))):
+            after = self._highest.get(name)
+            version, manifest = publish.publish(self._fs, self._layout, name, contents, received, after)
+        self._highest[name] = version
+        self._catalog.forget(name)
+        return Ref(name).resolved(version, manifest.digest)
+
+    def _move(self, name: str, alias: str, move: Move, after: int | None = None) -> None:
+        from . import aliases
+        from .migrate import ensure_store
+
+        ensure_store(self._fs, self._layout)
+        aliases.append(self._fs, self._layout, name, alias, move, after)
+        self._catalog.forget(name)
+
+    def _twin(self, name: str, contents: Mapping[str, bytes]) -> Ref | None:
+        """The version of `name` that has exactly these files."""
+        from .manifest import FileFact
+
+        digest = Manifest({file: FileFact.of(data) for file, data in contents.items()}).digest
+        for version in reversed(self.versions(name)):
+            if self._catalog.digest(name, version) == digest:
+                return Ref(name).resolved(version, digest)
+        return None
 
     def _children(self, parent: Ref) -> Names:
         """Versions whose card names this one as a parent, by reference or digest."""
         marks = {f"{parent.name}@{parent.version}", str(parent.digest)}
-        found = []
-        for name in self.names():
-            for version in self.versions(name):
-                if marks & set(self._parents(name, version)):
-                    found.append(f"{name}@{version}")
-        return found
-
-    def _parents(self, name: str, version: int) -> Names:
-        try:
-            return catalog.card_of(self._layout, name, version).parents
-        except (StoreError, NotFound):
-            return []  # damaged or removed meanwhile: it cannot hold another version back
-
-
-def _version(ref: Ref) -> int:
-    if ref.version is None:
-        raise InvalidName(f"{ref} is not resolved.")
-    return ref.version
+        return [f"{one.name}@{one.version}" for one in self.list() if marks & set(one.summary.get("parents") or ())]
 
 
 def _bytes(source: bytes | Path, limit: int) -> bytes:

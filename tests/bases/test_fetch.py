@@ -13,6 +13,7 @@ import pytest
 from adapterhub_lite.bases import fetch, hub
 from adapterhub_lite.bases.folder import check_folder
 from adapterhub_lite.errors import BaseUnavailable, FormatError, NotFound, UnsafeFile
+from adapterhub_lite.places import cache_root
 from tests.bases.build import NAME, Index, fill
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -171,9 +172,9 @@ def test_unknown_name_gets_the_nearest() -> None:
 
 
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert fetch.cache_root() == tmp_path / "cache"
+    assert cache_root() == tmp_path / "cache"
     monkeypatch.delenv("AHL_CACHE")
-    assert "adapterhub-lite" in str(fetch.cache_root())
+    assert "adapterhub-lite" in str(cache_root())
 
 
 def test_listing_loads_nothing_heavy() -> None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "adapterhub_lite"
 FLOORS = (
-    ("names", "errors"),
+    ("names", "errors", "places"),
     ("recipe", "formats", "events"),
     ("store",),
     ("bases", "adapters", "tasks"),

@@ -267,7 +267,7 @@ def test_newer_damaged_and_missing_store_files(store: Store) -> None:
     store.put("sql", lora_files(), Card())
     file = store.path / "store.json"
     for content, error in (
-        ('{"format": 2}', StoreNewer),
+        ('{"format": 3}', StoreNewer),
         ("{", StoreCorrupt),
         ('{"format": "1"}', StoreCorrupt),
         (None, StoreCorrupt),

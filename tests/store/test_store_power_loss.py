@@ -95,4 +95,4 @@ def test_the_model_sees_a_missing_sync(tmp_path: Path, careless: type[Recording]
 def test_store_json_is_whole(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", fs=Recording())
     store.put("sql", lora_files(), CARD)
-    assert json.loads((store.path / "store.json").read_bytes()) == {"format": 1}
+    assert json.loads((store.path / "store.json").read_bytes()) == {"format": 2}

@@ -71,7 +71,7 @@ def test_import_says_where_it_came_from(store: Store, peft_folder: Path) -> None
     card = store.card(ref)
     assert card.base == {"name": "tiny", "revision": "abc", "fingerprint": {"digest": "d"}}
     assert card.origin["kind"] == "imported"
-    assert card.origin["folder"] == "foreign"
+    assert (card.origin["by"], card.origin["from"]) == ("folder", "foreign")
     assert card.origin["ignored"] == ["README.md", "adapter_model.bin", "run.py", "tokenizer_config.json"]
     assert set(card.origin["files"]) == {CONFIG, WEIGHTS}
     assert sorted(item.name for item in store.folder(ref).iterdir()) == [CONFIG, WEIGHTS, "card.json", "manifest.json"]
@@ -130,7 +130,7 @@ def test_import_refuses(store: Store, peft_folder: Path, change: Any, error: typ
 
 
 def test_import_of_no_folder(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="not a folder"):
+    with pytest.raises(NotFound, match="does not exist"):
         store.import_(tmp_path / "absent", "sql")
 
 
@@ -144,7 +144,7 @@ def test_export_into_an_empty_folder_only(store: Store, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for target, words in (
         (empty, "not an empty folder"),
-        (empty / WEIGHTS, "not an empty folder"),
+        (empty / WEIGHTS, "exists"),
         (tmp_path / "link", "symbolic link"),
         (store.path / "out", "inside the store"),
         (store.path, "inside the store"),

@@ -1,0 +1,74 @@
+"""Versions as PEFT folders, or as one file that another store imports with the same digest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import StoreError
+from .fs import MUTABLE, FileSystem, discard, ensure_folder, new_tmp, write_chunks, write_file
+from .layout import CARD, CONFIG, MANIFEST, WEIGHTS, Layout
+from .reading import load_manifest, read_file
+
+ARCHIVE = ".tar"
+
+
+def export(fs: FileSystem, layout: Layout, name: str, version: int, target: Path) -> Path:
+    """Write a version, whole or not at all: one tar file where `target` ends in .tar, else a folder.
+
+    Raises:
+        StoreError: the target is a link, inside the store, or there already (an empty folder may be).
+        StoreCorrupt: the version is damaged.
+    """
+    # The parent is resolved, the last part is not: a link there must be seen, not followed.
+    target = target.resolve() if target.name == ".." else target.absolute().parent.resolve() / target.name
+    single = target.name.endswith(ARCHIVE)
+    _check_target(layout, target, single)
+    files = contents(layout, name, version)
+    existing = next(parent for parent in target.parents if parent.is_dir())
+    ensure_folder(fs, target.parent, existing)
+    staged = new_tmp(target.parent)
+    try:
+        if single:
+            _write_archive(fs, staged, f"{name}-{version}", files)
+            fs.link(staged, target)  # refuses what was made there meanwhile
+            discard(fs, staged)
+        else:
+            _write_folder(fs, staged, files)
+            fs.rename(staged, target)
+    except BaseException:
+        discard(fs, staged)
+        raise
+    fs.fsync_dir(target.parent)
+    return target
+
+
+def contents(layout: Layout, name: str, version: int) -> dict[str, bytes]:
+    """The verified files of a version, with the manifest as the store wrote it that made the version."""
+    files = {file: read_file(layout, name, version, file) for file in (CONFIG, WEIGHTS, CARD)}
+    return {**files, MANIFEST: load_manifest(layout, name, version).original.to_bytes()}
+
+
+def _write_folder(fs: FileSystem, staged: Path, files: Mapping[str, bytes]) -> None:
+    fs.mkdir(staged)
+    for file, data in files.items():
+        write_file(fs, staged / file, data, MUTABLE)
+    fs.fsync_dir(staged)
+
+
+def _write_archive(fs: FileSystem, staged: Path, folder: str, files: Mapping[str, bytes]) -> None:
+    from ..formats.archive import tar_bytes
+
+    write_chunks(fs, staged, tar_bytes({f"{folder}/{file}": data for file, data in files.items()}), MUTABLE)
+
+
+def _check_target(layout: Layout, target: Path, single: bool) -> None:
+    hint = f"Name a {'file' if single else 'folder'} that does not exist yet."
+    if target.is_symlink():
+        raise StoreError(f"{target} is a symbolic link.", hint)
+    if target.is_relative_to(layout.root.resolve()):
+        raise StoreError(f"{target} is inside the store.", hint)
+    if target.exists() and (single or not target.is_dir()):
+        raise StoreError(f"{target} exists.", hint)
+    if target.exists() and any(target.iterdir()):
+        raise StoreError(f"{target} exists and is not an empty folder.", hint)

@@ -1,0 +1,150 @@
+"""Reading a store: resolved references, verified bytes, cards, listings, histories. Writes nothing, takes no lock."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidName
+from ..formats.card import Card
+from ..names import Ref
+from ..places import cache_root, default_root
+from . import listing, reading
+from .aliases import Move
+from .catalog import Catalog, card_of
+from .layout import CONFIG, Layout
+from .listing import Entry
+from .manifest import Manifest
+from .received import trusted_view
+
+if TYPE_CHECKING:  # the rest is imported by the methods that need it, so that a listing starts at once
+    from ..formats.specs import Spec
+    from .check import Finding
+    from .index import Index
+    from .journal import Event
+
+Entries = list[Entry]
+Findings = list["Finding"]
+Names = list[str]
+Events = list["Event"]
+Versions = list[int]
+
+
+class StoreReader:
+    """The half of `Store` that changes nothing."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        """`path`: the folder; by default the one AHL_HOME names, else the user's data folder."""
+        self._layout = Layout(Path(os.path.abspath(path)) if path is not None else default_root().absolute())
+        self._catalog = Catalog(self._layout)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the store; it may not exist yet."""
+        return self._layout.root
+
+    def resolve(self, ref: str | Ref) -> Ref:
+        """The reference, bound to its version and digest."""
+        return self._catalog.resolve(ref)
+
+    def folder(self, ref: str | Ref) -> Path:
+        """The folder of a version, unchecked: for showing where it is. To load it, use `verified_folder`."""
+        return self._layout.version(*self._at(ref))
+
+    def verified_folder(self, ref: str | Ref) -> Path:
+        """The folder of a version after checking size and sha256 of each of its files; plain PEFT loads it."""
+        found = self.resolve(ref)
+        name, version = found.name, version_of(found)
+        manifest = reading.load_manifest(self._layout, name, version)
+        reading.check_identity(name, version, manifest, found)
+        reading.check_files(self._layout, name, version, manifest)
+        return self._layout.version(name, version)
+
+    def read(self, ref: str | Ref) -> reading.Stored:
+        """The files of a version as bytes, each read once and checked: what is used is what was verified."""
+        found = self.resolve(ref)
+        return reading.read_version(self._layout, found)
+
+    def card(self, ref: str | Ref) -> Card:
+        """The card of a version, checked. For one that came from elsewhere what its maker wrote is kept as a claim."""
+        name, version = self._at(ref)
+        manifest = reading.load_manifest(self._layout, name, version)
+        return trusted_view(card_of(self._layout, name, version, manifest), manifest.received)
+
+    def received(self, ref: str | Ref) -> dict[str, Any] | None:
+        """How a version came here that another store made; None for one that was made here."""
+        found = self.manifest(ref).received
+        return dict(found) if found is not None else None
+
+    def spec(self, ref: str | Ref) -> Spec:
+        """What kind of adapter a version is, checked."""
+        from ..formats.peft_config import parse_adapter_config
+
+        return parse_adapter_config(reading.read_file(self._layout, *self._at(ref), CONFIG))
+
+    def manifest(self, ref: str | Ref) -> Manifest:
+        """Digest and size of each file of a version."""
+        return reading.load_manifest(self._layout, *self._at(ref))
+
+    def names(self) -> Names:
+        """Names that have a version, in order."""
+        return self._catalog.names()
+
+    def versions(self, name: str) -> Versions:
+        """The versions of a name, oldest first; empty when there are none."""
+        return self._catalog.versions(name)
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """The aliases of a name and the versions they point to."""
+        return self._catalog.aliases(name)
+
+    def alias_history(self, name: str, alias: str) -> tuple[Move, ...]:
+        """Every move of an alias and every decision about it, the latest last."""
+        return self._catalog.history(name, alias)
+
+    def list(self) -> Entries:
+        """Every version, by name and number."""
+        return listing.entries(self._layout, self._catalog, self._index)
+
+    def search(self, query: str) -> Entries:
+        """The versions that match a query such as `sql base:smollm2 accuracy>0.8`.
+
+        Raises:
+            FormatError: the query cannot be read.
+        """
+        from .search import search
+
+        return search(self.list(), query)
+
+    def log(self, name: str) -> Events:
+        """What happened to a name, the latest first: versions made and removed, aliases moved, decisions.
+
+        Raises:
+            NotFound: there is and was no such name.
+        """
+        from .journal import log
+
+        return log(self._layout, self._catalog, name)
+
+    def verify(self, ref: str | Ref | None = None) -> Findings:
+        """Everything wrong with one version, or with every version, alias and object. Reports; does not raise."""
+        from . import check
+
+        return check.verify(self._layout, ref)
+
+    def _index(self) -> Index:
+        from .index import Index
+
+        return Index(cache_root(), self.path)
+
+    def _at(self, ref: str | Ref) -> tuple[str, int]:
+        found = self.resolve(ref)
+        return found.name, version_of(found)
+
+
+def version_of(ref: Ref) -> int:
+    """The version of a resolved reference."""
+    if ref.version is None:
+        raise InvalidName(f"{ref} is not resolved.")
+    return ref.version
