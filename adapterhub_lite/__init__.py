@@ -21,6 +21,7 @@ _PUBLIC = {
     "AdapterHubError": "errors",
     "Base": "bases.load",
     "Card": "formats.card",
+    "Difference": "workflows.difference",
     "MergeReport": "merging.report",
     "Prediction": "runtime.predict",
     "Recipe": "recipe",
@@ -28,6 +29,7 @@ _PUBLIC = {
     "Runtime": "runtime.runtime",
     "Sampling": "runtime.sampling",
     "Store": "store",
+    "diff": "workflows.diff",
     "evaluate": "workflows.evaluate",
     "load_base": "bases.load",
     "load_recipe": "recipe",
@@ -39,6 +41,7 @@ __all__ = [
     "AdapterHubError",
     "Base",
     "Card",
+    "Difference",
     "MergeReport",
     "Prediction",
     "Recipe",
@@ -47,6 +50,7 @@ __all__ = [
     "Sampling",
     "Store",
     "__version__",
+    "diff",
     "evaluate",
     "load_base",
     "load_recipe",
@@ -65,6 +69,8 @@ if TYPE_CHECKING:
     from .runtime.runtime import Runtime
     from .runtime.sampling import Sampling
     from .store import Store
+    from .workflows.diff import diff
+    from .workflows.difference import Difference
     from .workflows.evaluate import evaluate
     from .workflows.merge import merge
     from .workflows.train import train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +12,8 @@ from ..errors import FormatError
 from .fields import problems_error, shown
 from .strict_json import dump, parse_object
 
-SCHEMA = 1
+SCHEMA = 2
+MAX_EXAMPLES, MAX_ANSWER = 8, 400  # rows of a split, characters of an answer
 MAX_BYTES = 4 << 20
 ADAPTER_TYPES = ("lora", "dora", "prefix")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", re.ASCII)
@@ -23,14 +24,30 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def spread(total: int, most: int = MAX_EXAMPLES) -> list[int]:
+    """Indices of at most `most` rows, evenly over `total` rows: two cards with as many rows name the same ones."""
+    count = min(total, most)
+    return [i * total // count for i in range(count)]
+
+
+def examples_of(answers: Sequence[str]) -> dict[str, Any]:
+    """What a card keeps of the answers to all rows of a split: a few of them, cut, with the rows they belong to."""
+    rows = spread(len(answers))
+    return {"rows": rows, "answers": [answers[i][:MAX_ANSWER] for i in rows]}
+
+
 @dataclass(frozen=True)
 class Card:
     """What is known about one version.
 
     `base` holds name, revision, kind, fingerprint (digest, config, tokenizer, chat_template, weights), quantization and
-    dtype; `data` maps a split to source, sha256 and rows; `metrics` a split to metrics; `parents` are references
-    `name@version`; `origin` says in `kind` whether it was trained, imported or combined. Times are UTC, durations
-    seconds.
+    dtype, and repo and commit where it came from the Hub; `data` maps a split to source, sha256 and rows; `metrics` a
+    split to metrics; `examples` a split to rows (indices) and answers (texts), as `examples_of` gives them; `parents`
+    are references `name@version`; `origin` says in `kind` whether it was trained, imported or combined. Times are UTC,
+    durations seconds.
+
+    A card of schema 1, which had no `examples`, stays one: it is written as the very bytes that it was read from, since
+    the digest of its version covers them.
     """
 
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +59,7 @@ class Card:
     libraries: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     effect: dict[str, Any] = field(default_factory=dict)
+    examples: dict[str, Any] = field(default_factory=dict)
     parents: list[str] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=utc_now)
@@ -54,8 +72,11 @@ class Card:
         Raises:
             FormatError: a field of the wrong type, NaN, or more than `MAX_BYTES`; so what is written can be read.
         """
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.schema == 1 and not self.examples:  # with examples it is refused below
+            del content["examples"]
         try:
-            data = dump({item.name: getattr(self, item.name) for item in fields(self)}, indent=2)
+            data = dump(content, indent=2)
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"The card cannot be written as JSON: {error}.") from None
         self.from_bytes(data)
@@ -73,18 +94,18 @@ class Card:
         if type(schema) is int and schema > SCHEMA:
             message = f"card.json has schema {schema}; this version of adapterhub-lite reads up to {SCHEMA}."
             raise FormatError(message, "Upgrade with: pip install --upgrade adapterhub-lite")
-        problems = _problems(raw)
+        problems = _problems(raw, _FIRST if type(schema) is int and schema == 1 else _FIELDS)
         if problems:
             raise problems_error("card.json", problems)
         return cls(**raw)
 
 
-def _problems(raw: dict[str, Any]) -> list[str]:
-    unknown = [f"{shown(key)}: unknown key" for key in raw if key not in _CHECKS]
-    missing = [f"{key}: is missing" for key in _CHECKS if key not in raw]
+def _problems(raw: dict[str, Any], known: dict[str, tuple[Callable[[Any], bool], str]]) -> list[str]:
+    unknown = [f"{shown(key)}: unknown key" for key in raw if key not in known]
+    missing = [f"{key}: is missing" for key in known if key not in raw]
     wrong = [
-        f"{key}: expected {_EXPECTED[key]}, got {shown(raw[key])}"
-        for key, check in _CHECKS.items()
+        f"{key}: expected {expected}, got {shown(raw[key])}"
+        for key, (check, expected) in known.items()
         if key in raw and not check(raw[key])
     ]
     return [*unknown, *missing, *wrong]
@@ -127,6 +148,21 @@ def _metrics(value: Any) -> bool:
     )
 
 
+def _examples(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_answered, value.values()))
+
+
+def _answered(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"rows", "answers"}:
+        return False
+    rows, answers = value["rows"], value["answers"]
+    if not isinstance(rows, list) or not isinstance(answers, list) or len(rows) != len(answers):
+        return False
+    numbered = len(rows) <= MAX_EXAMPLES and all(type(row) is int and row >= 0 for row in rows)
+    said = all(isinstance(text, str) and len(text) <= MAX_ANSWER for text in answers)
+    return numbered and said and len(set(rows)) == len(rows)
+
+
 def _adapter(value: Any) -> bool:
     return isinstance(value, dict) and (not value or value.get("type") in ADAPTER_TYPES)
 
@@ -151,6 +187,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "libraries": (_texts, "an object of texts"),
     "metrics": (_metrics, "an object of splits, each an object of numbers"),
     "effect": (_effect, "an object of numbers"),
+    "examples": (
+        _examples,
+        f"an object of splits, each with rows (whole numbers, {MAX_EXAMPLES} at most, none twice) and as many answers"
+        f" (texts of at most {MAX_ANSWER} characters)",
+    ),
     "parents": (
         lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
         "a list of texts",
@@ -158,7 +199,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "origin": (_origin, "an object; its losses a list of numbers"),
     "created": (_time, "a UTC time such as 2026-01-31T12:00:00Z"),
     "duration_seconds": (lambda value: value is None or (_number(value) and value >= 0), "seconds or null"),
-    "schema": (lambda value: value == SCHEMA and type(value) is int, f"{SCHEMA}"),
+    "schema": (lambda value: type(value) is int and 1 <= value <= SCHEMA, f"a whole number from 1 to {SCHEMA}"),
 }
-_CHECKS = {key: check for key, (check, _) in _FIELDS.items()}
-_EXPECTED = {key: expected for key, (_, expected) in _FIELDS.items()}
+_FIRST = {key: told for key, told in _FIELDS.items() if key != "examples"}
