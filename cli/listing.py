@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .render import Column, age, emit, say, size, table
+from .render import Column, age, emit, printable, say, size, table
 
 if TYPE_CHECKING:
     from ..store.catalog import Entry
@@ -36,6 +36,20 @@ def list_adapters(store: Path | None = None, as_json: bool = False) -> None:
         say(*(f"damaged: {entry.problem}" for entry in damaged))
     else:
         say(f"No adapters yet in {opened.path}.", "Train one with `ahl train sql`; `ahl recipes` lists what there is.")
+
+
+def search_adapters(query: str, store: Path | None = None, as_json: bool = False) -> None:
+    """Print the versions that match a query."""
+    from ..store import Store
+
+    opened = Store(store)
+    found = opened.search(query)
+    if as_json:
+        emit({"store": str(opened.path), "query": query, "adapters": [entry_dict(entry) for entry in found]})
+    elif found:
+        say(*table(_COLUMNS, map(_row, found)))
+    else:
+        say(f"Nothing matches {printable(query)}.", "`ahl list` shows everything, `ahl search --help` the fields.")
 
 
 def entry_dict(entry: Entry) -> dict[str, Any]:

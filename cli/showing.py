@@ -35,7 +35,10 @@ def show_adapter(ref: str, store: Path | None = None, as_json: bool = False) -> 
         emit({**about, "files": files, "card": asdict(card)})
         return
     say(_headline(name, aliases, card), "", *fields(_facts(card, str(found.digest), folder)))
-    say(*_section("recipe", _recipe_lines(card.recipe)), *_section("files", _file_lines(manifest)))
+    say(
+        *_section("recipe", _recipe_lines(card.recipe or card.origin.get("claimed_recipe"))),
+        *_section("files", _file_lines(manifest)),
+    )
     say("", *_next(opened, name, card))
 
 
@@ -58,10 +61,21 @@ def _facts(card: Card, digest: str, folder: Path) -> list[tuple[str, object]]:
         *((f"{split} data", _data(told)) for split, told in card.data.items()),
         ("seed", card.seed),
         ("made from", ", ".join(card.parents)),
+        ("came from", _origin(card)),
         ("libraries", ", ".join(f"{name} {version}" for name, version in card.libraries.items())),
         ("digest", digest),
         ("path", folder),
     ]
+
+
+def _origin(card: Card) -> str:
+    """Where an imported version was got; what its card says beyond that is its maker's word."""
+    told = card.origin
+    if told.get("kind") != "imported":
+        return ""
+    repo = f"{told['repo']} at {str(told.get('commit'))[:12]}" if told.get("repo") else str(told.get("from") or "")
+    word = "; its card is its maker's word" if "claimed_origin" in told else ""
+    return f"{repo}, imported {told['time'][:10]}{word}" if told.get("time") else f"{repo}{word}"
 
 
 def _base(card: Card) -> str:

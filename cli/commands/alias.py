@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from ..guard import UsageProblem
 from ..opening import open_store
 from ..options import JsonOption, StoreOption
 from ..render import emit, say
+
+if TYPE_CHECKING:
+    from ...store import Move
 
 app = new_app()
 
@@ -47,8 +50,18 @@ def run(
     current = opened.aliases(ref.name).get(ref.alias)
     moves = opened.alias_history(ref.name, ref.alias)
     if as_json:
-        emit({"alias": target, "version": current, "history": [{"version": m.version, "time": m.time} for m in moves]})
+        keys = ("version", "time", "event")
+        told = [{key: getattr(move, key) for key in keys} | {"reason": dict(move.reason)} for move in moves]
+        emit({"alias": target, "version": current, "history": told})
         return
     say(f"{target} -> {ref.name}@{current}" if current else f"{target} is taken away")
     if version is None and not remove:
-        say(*(f"  {move.time}  {f'version {move.version}' if move.version else 'taken away'}" for move in moves))
+        say(*(f"  {move.time}  {_told(move)}" for move in moves))
+
+
+def _told(move: Move) -> str:
+    if move.version is None:
+        return "taken away"
+    return {"set": f"version {move.version}", "refuse": f"not promoted to version {move.version}"}.get(
+        move.event, f"version {move.version} ({move.event})"
+    )

@@ -15,18 +15,26 @@ from ..render import emit, say
 app = new_app()
 
 
-@command(app, "ahl export sql@1 ./sql-peft", name="export")
+@command(
+    app,
+    "ahl export sql@1 ./sql-peft        # a folder that plain peft loads",
+    "ahl export sql@1 sql-1.tar         # one file; imported elsewhere it has the same digest",
+    name="export",
+)
 def run(
     ref: RefArgument,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Absent, or an empty folder.", show_default=False)],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="TARGET", help="A new folder, or a new file ending in .tar.", show_default=False),
+    ],
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a version as a folder that PEFT loads."""
+    """Write a version as a folder that PEFT loads, or as one file."""
     opened = open_store(store)
     found = opened.resolve(ref)
-    target = opened.export(found, folder)
+    path = opened.export(found, target)
     if as_json:
-        emit({"ref": f"{found.name}@{found.version}", "digest": found.digest, "path": str(target)})
+        emit({"ref": f"{found.name}@{found.version}", "digest": found.digest, "path": str(path)})
     else:
-        say(f"{found.name}@{found.version} -> {target}")
+        say(f"{found.name}@{found.version} -> {path}")
