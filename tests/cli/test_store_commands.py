@@ -96,6 +96,7 @@ def test_export_then_import_is_the_same_adapter(store: Path, tmp_path: Path) -> 
 
 def test_remove_asks_which_version_and_respects_aliases(store: Path, tmp_path: Path) -> None:
     ahl("export", "parrot@1", tmp_path / "out", "--store", store)
+    (tmp_path / "out" / "card.json").unlink()  # with it, it would be the version that is there already
     ahl("import", tmp_path / "out", "--name", "parrot", "--store", store)
     vague = ahl("remove", "parrot", "--store", store)
     assert vague.exit_code == 2
