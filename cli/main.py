@@ -30,7 +30,7 @@ def answer(arguments: list[str]) -> int:
         from .. import __version__
 
         return _say(f"adapterhub-lite {__version__}\n")
-    if arguments[0] in ("list", "show"):
+    if arguments[0] in ("list", "show", "log", "search"):
         from .quick import quick
 
         code = quick(arguments)

@@ -1,4 +1,7 @@
-"""`ahl list` and `ahl show REF` in their plain forms, without typer: most of their time would be its import."""
+"""`ahl list`, `show REF`, `log NAME` and `search QUERY` in their plain forms, without typer.
+
+Most of their time would be its import.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,14 @@ def quick(arguments: list[str]) -> int | None:
         from .showing import show_adapter as function
 
         options["ref"] = words[0]
+    elif command == "log" and len(words) == 1:
+        from .history import show_log as function
+
+        options["name"] = words[0]
+    elif command == "search" and words:
+        from .listing import search_adapters as function
+
+        options["query"] = " ".join(words)
     else:
         return None
     return guarded(function, **options)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
 
 from ..errors import AdapterHubError, StoreError, StoreFull
 
@@ -145,7 +143,7 @@ def ensure_folder(fs: FileSystem, path: Path, top: Path) -> None:
 
 def new_tmp(tmp: Path) -> Path:
     """A name in `tmp` that nobody else has."""
-    return tmp / f".{uuid4().hex}"
+    return tmp / f".{os.urandom(16).hex()}"
 
 
 def discard(fs: FileSystem, path: Path) -> None:
@@ -160,6 +158,8 @@ def discard(fs: FileSystem, path: Path) -> None:
 
 
 def _free(where: Path) -> str:
+    import shutil
+
     with suppress(OSError):
         return str(shutil.disk_usage(where).free)
     return "an unknown number"

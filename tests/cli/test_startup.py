@@ -31,9 +31,21 @@ def _imported(*arguments: str) -> tuple[int, set[str], str]:
     return code, set(names), done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], [], ["--version"], ["list"], ["show", "parrot"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["-h"],
+        [],
+        ["--version"],
+        ["list"],
+        ["show", "parrot"],
+        ["log", "parrot"],
+        ["search", "moods", "llama"],
+    ],
+)
 def test_answered_without_typer_or_anything_heavy(arguments: list[str], shop: Shop) -> None:
-    store = ["--store", str(shop.store)] if arguments in (["list"], ["show", "parrot"]) else []
+    store = ["--store", str(shop.store)] if arguments[:1] and arguments[0] in ("list", "show", "log", "search") else []
     code, names, _ = _imported(*arguments, *store)
     assert code == 0
     assert not names & (_HEAVY | {"typer", "pydantic", "yaml"})
@@ -54,7 +66,7 @@ def test_a_wrong_recipe_is_refused_before_the_heavy_imports(shop: Shop) -> None:
 
 
 def test_quick_and_typer_give_the_same(shop: Shop) -> None:
-    for arguments in (["list", "--json"], ["show", "moods"]):
+    for arguments in (["list", "--json"], ["show", "moods"], ["log", "moods"], ["search", "name:moods", "--json"]):
         _, names, quick = _imported(*arguments, "--store", str(shop.store))
         assert "typer" not in names
         assert quick == ahl(*arguments, "--store", shop.store).stdout
