@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,13 +24,20 @@ from .folder import INDEX, PICKLES, WEIGHTS, check_folder
 _T = TypeVar("_T")
 _PATIENCE = 5.0  # seconds until a silent network counts as none
 _SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "AHL_OFFLINE")
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SECRETS = re.compile(r"Bearer .*|\bhf_\w+|(?<=://)[^\s/@]*@|\?\S+")  # the last: signatures of addresses
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", ".model", ".tiktoken")
 
 
 def is_on(switch: str) -> bool:
     """Whether an environment switch is set to something that means yes."""
     return os.environ.get(switch, "").strip().lower() in {"1", "true", "yes", "on"}
+
+
+def offline_switch() -> str | None:
+    """The environment switch that forbids the Hub, if one is on."""
+    return next((switch for switch in _SWITCHES if is_on(switch)), None)
 
 
 def from_cache(hub_id: str) -> tuple[Path, str]:
@@ -51,13 +59,13 @@ def from_cache(hub_id: str) -> tuple[Path, str]:
 
 def from_hub(hub_id: str, on_event: Listener) -> tuple[Path, str]:
     """Download the safetensors snapshot of `hub_id`; gives the folder and the commit it was resolved to."""
-    off = next((switch for switch in _SWITCHES if is_on(switch)), None)
+    off = offline_switch()
     if off:
         raise BaseUnavailable(f"switched off by {off}")
     from huggingface_hub import HfApi
 
-    with _quiet(), _reasons():
-        info = _soon(lambda: HfApi().model_info(hub_id, timeout=_PATIENCE))
+    with quiet(), _reasons():
+        info = soon(lambda: HfApi().model_info(hub_id, timeout=_PATIENCE))
         wanted = wanted_files(entry.rfilename for entry in info.siblings or ())
         folder = _snapshot(hub_id, wanted, on_event)
     check_folder(folder)
@@ -109,11 +117,15 @@ class _Nowhere:
     def flush(self) -> None: ...
 
 
-def _soon(ask: Callable[[], _T]) -> _T:
-    """The result of `ask` if it comes within `_PATIENCE`.
+def soon(ask: Callable[[], _T], patience: float | None = None) -> _T:
+    """The result of `ask` if it comes within `patience` seconds (None: 5).
 
     In a thread of its own, because neither name resolution nor a list of dead addresses heeds a timeout.
+
+    Raises:
+        TimeoutError: it did not; else whatever `ask` raised.
     """
+    patience = _PATIENCE if patience is None else patience
     done: list[_T] = []
     failed: list[Exception] = []
 
@@ -125,16 +137,16 @@ def _soon(ask: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(_PATIENCE)
+    thread.join(patience)
     if failed:
         raise failed[0]
     if not done:
-        raise TimeoutError(f"no answer within {_PATIENCE:g} seconds")
+        raise TimeoutError(f"no answer within {patience:g} seconds")
     return done[0]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the client's advice on tokens and caches."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
@@ -163,5 +175,13 @@ def _reason(error: BaseException) -> str:
         return "access must be granted there first (then: hf auth login)"
     if isinstance(error, RepositoryNotFoundError):
         return "no such model, or it is private (then: hf auth login)"
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without any token, password or signature that is quoted in it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    line = lines[0]
+    for secret in filter(None, (os.environ.get(name, "").strip() for name in _TOKENS)):
+        line = line.replace(secret, "***")
+    return _SECRETS.sub("***", line)[:200]
