@@ -1,16 +1,21 @@
-"""Run all benchmarks, or those named: python -m benchmarks [swap] [mixed_batch]."""
+"""Run all benchmarks, or those named: python -m benchmarks [store] [swap] [mixed_batch] [quality]."""
 
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from importlib import import_module
 
-ALL = ("swap", "mixed_batch", "quality")
+from .options import add_options
+
+ALL = ("store", "swap", "mixed_batch", "quality")
 
 
-def main(names: list[str]) -> int:
-    """Run the named benchmarks in turn."""
-    names = [n for n in names if not n.startswith("--")]
+def main(arguments: list[str]) -> int:
+    """Run the named benchmarks in turn; each reads its own options from the command line."""
+    parser = ArgumentParser(prog="python -m benchmarks", description="Run all benchmarks, or those named.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ALL))
+    names: list[str] = add_options(parser).parse_intermixed_args(arguments).names
     unknown = [n for n in names if n not in ALL]
     if unknown:
         print(f"no benchmark {unknown[0]!r}; there are: {', '.join(ALL)}", file=sys.stderr)
