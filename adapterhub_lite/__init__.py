@@ -34,6 +34,9 @@ _PUBLIC = {
     "load_base": "bases.load",
     "load_recipe": "recipe",
     "merge": "workflows.merge",
+    "promote": "workflows.promote",
+    "pull": "workflows.hub",
+    "push": "workflows.hub",
     "train": "workflows.train",
 }
 
@@ -55,6 +58,9 @@ __all__ = [
     "load_base",
     "load_recipe",
     "merge",
+    "promote",
+    "pull",
+    "push",
     "train",
 ]
 
@@ -72,7 +78,9 @@ if TYPE_CHECKING:
     from .workflows.diff import diff
     from .workflows.difference import Difference
     from .workflows.evaluate import evaluate
+    from .workflows.hub import pull, push
     from .workflows.merge import merge
+    from .workflows.promote import promote
     from .workflows.train import train
 
 

@@ -57,6 +57,10 @@ class NoEffect(AdapterHubError, ValueError):
     """An adapter that moves no logit of its base."""
 
 
+class EffectChanged(AdapterHubError, ValueError):
+    """An adapter that does something else to its base than was measured when it was published."""
+
+
 class Unsupported(AdapterHubError, ValueError):
     """A valid request for something this package or this base cannot do."""
 

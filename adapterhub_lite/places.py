@@ -17,7 +17,7 @@ def default_root() -> Path:
 
 
 def cache_root() -> Path:
-    """The folder that AHL_CACHE names, else the user's cache folder: converted bases, indexes, what was measured here."""
+    """The folder that AHL_CACHE names, else the user's cache folder: what can be made again."""
     named = os.environ.get("AHL_CACHE")
     if named:
         return Path(named).expanduser().absolute()

@@ -51,10 +51,11 @@ def _move(name: str, event: Event) -> str:
     told = event.facts
     why = ""
     if told.get("metric"):
-        current = told.get("current_value", told.get("current"))
-        against = f", {name}@{told['current_version']} has {_figure(current)}" if told.get("current_version") else ""
-        candidate = told.get("candidate_value", told.get("candidate"))
-        why = f": {told['metric']} {_figure(candidate)}{against}, margin {told.get('margin', 0)}"
+        why = f": {told['metric']} {_figure(told.get('candidate_value'))}"
+        if told.get("current") and told.get("current_value") is not None:
+            why += f", {name}@{told['current']} has {_figure(told['current_value'])}, margin {told.get('margin', 0)}"
+    elif told.get("why"):
+        why = f": {told['why']}"
     elif event.kind == "rollback" and told.get("from"):
         why = f" from {name}@{told['from']}"
     return f"{name}:{event.alias} {_DONE.get(event.kind, event.kind)} {name}@{event.version}{why}"

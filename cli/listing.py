@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .render import Column, age, emit, printable, say, size, table
 
 if TYPE_CHECKING:
-    from ..store.catalog import Entry
+    from ..store import Entry
 
 _COLUMNS = (
     Column("ADAPTER"),

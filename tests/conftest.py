@@ -22,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 
+from adapterhub_lite.places import cache_root
+
+_CACHE = cache_root()
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -31,9 +34,13 @@ class NetworkReached(AssertionError):
 
 @pytest.fixture(autouse=True)
 def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """AHL_HOME is a folder of this test's own; the cache of bases stays where it is."""
-    home = tmp_path / "ahl-home"
+    """AHL_HOME and AHL_CACHE are folders of this test's own; of the user's cache only the bases are seen."""
+    home, cache = tmp_path / "ahl-home", tmp_path / "ahl-cache"
+    cache.mkdir()
+    for shared in ("bases", "fingerprints.json"):
+        (cache / shared).symlink_to(_CACHE / shared)
     monkeypatch.setenv("AHL_HOME", str(home))
+    monkeypatch.setenv("AHL_CACHE", str(cache))
     return home
 
 

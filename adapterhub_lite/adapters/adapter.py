@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from ..errors import AdapterMismatch
 from ..formats.card import Card
-from ..formats.peft_config import LoraSpec, PrefixSpec, adapter_config, parse_adapter_config
-from ..formats.safetensors_header import read_header
+from ..formats.files import read_regular
+from ..formats.peft_config import MAX_BYTES, LoraSpec, PrefixSpec, adapter_config, parse_adapter_config
+from ..formats.safetensors_header import parse_header
+from ..store.reading import Stored
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -46,17 +48,28 @@ class Adapter:
         return {CONFIG_FILE: config.encode(), WEIGHTS_FILE: save(tensors, metadata={"format": "pt"})}
 
 
-def read_adapter(folder: Path, *, name: str = "", digest: str = "", card: Card | None = None) -> Adapter:
-    """Read a PEFT folder whose bytes the store has verified.
+def stored_adapter(stored: Stored) -> Adapter:
+    """The adapter of a version, made of the very bytes that the store has verified.
 
     Raises:
         FormatError: config or tensor file break their format.
         AdapterMismatch: a value is not finite.
     """
-    spec = parse_adapter_config((folder / CONFIG_FILE).read_bytes())
-    read_header(folder / WEIGHTS_FILE)  # limits first: the library accepts files that take seconds and gigabytes
-    tensors = load_file(folder / WEIGHTS_FILE)
-    check_finite(tensors, name or folder.name)
+    name = f"{stored.ref.name}@{stored.ref.version}"
+    return _adapter(stored.config, stored.weights, name, stored.ref.digest or "", stored.card)
+
+
+def read_adapter(folder: Path, *, name: str = "") -> Adapter:
+    """The adapter in a PEFT folder outside the store. Raises as `stored_adapter`; NotFound, UnsafeFile."""
+    files = [read_regular(folder / file, limit) for file, limit in ((CONFIG_FILE, MAX_BYTES), (WEIGHTS_FILE, 1 << 40))]
+    return _adapter(files[0], files[1], name or folder.name, "", None)
+
+
+def _adapter(config: bytes, weights: bytes, name: str, digest: str, card: Card | None) -> Adapter:
+    spec = parse_adapter_config(config)
+    parse_header(weights, WEIGHTS_FILE)  # limits first: the library accepts files that take seconds and gigabytes
+    tensors = load(weights)
+    check_finite(tensors, name)
     return Adapter(spec, tensors, card, name, digest)
 
 

@@ -1,5 +1,5 @@
 """Evaluation: what an adapter is worth, measured on the live runtime.
 
-Takes: a runtime, a task, rows, a reference (or the bare base). Gives: answers and metrics, and proof of effect.
+Takes: a runtime, a task, rows, a reference (or the bare base). Gives: answers and metrics.
 Never: trains, stores or merges.
 """

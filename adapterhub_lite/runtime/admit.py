@@ -1,16 +1,28 @@
-"""Bring a stored adapter into memory: verified bytes, the right base, every tensor in its place."""
+"""Bring a stored adapter into memory: verified bytes, the right base, every tensor in its place, the effect it had."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.adapter import Adapter, read_adapter
+from ..adapters.adapter import Adapter, stored_adapter
 from ..adapters.fit import Fitted, Target, fit
 from ..bases.load import Base
 from ..bases.quantization import dense_weight
-from ..errors import AdapterMismatch, BaseMismatch
+from ..errors import AdapterMismatch, BaseMismatch, EffectChanged
+from ..formats.card import Card
 from ..names import Ref
 from ..store import Store
+from .certificate import compare, measure_fitted
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A stored version fitted to a base; `remark` says how the base is not exactly its own ("" when it is)."""
+
+    fitted: Fitted
+    card: Card
+    remark: str
 
 
 def target_of(base: Base, task_type: str | None) -> Target:
@@ -34,21 +46,54 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
     return fitted
 
 
-def admit(store: Store, ref: Ref, base: Base) -> tuple[Fitted, str]:
-    """Read, verify and fit one version; returns it with a remark about its base ("" when the base is exactly its own).
+def admit(store: Store, ref: Ref, base: Base) -> Admitted:
+    """Read, verify and fit one version.
 
     Raises:
         StoreCorrupt: the bytes are not those that were stored.
         BaseMismatch: it was made for another base.
         AdapterMismatch: it does not fit.
     """
-    folder = store.verified_folder(ref)
-    card = store.card(ref)
+    stored = store.read(ref)
+    card = stored.card
     remark = compare_base(str(ref), card.base, base)
     if not remark and "claimed_origin" in card.origin:
         remark = f"{ref} was imported: that it was made for this base is what its card claims."
-    adapter = read_adapter(folder, name=str(ref), digest=ref.digest or "", card=card)
-    return fit_to_base(adapter, base), remark
+    return Admitted(fit_to_base(stored_adapter(stored), base), card, remark)
+
+
+def prove(admitted: Admitted, base: Base) -> dict[str, Any]:
+    """Measure the effect of a version and compare it with the certificate in its card, if that has one.
+
+    A foreign card's certificate is a claim, and this is where it is put to the test.
+
+    Raises:
+        NoEffect: it moves no logit of this base.
+        EffectChanged: it has another effect than its card says; both figures are shown.
+    """
+    found = measure_fitted(base, admitted.fitted)
+    problems = compare(admitted.card.effect, found, exact=_is_exact(admitted.card.base, base))
+    if problems:
+        name = admitted.fitted.name
+        raise EffectChanged(
+            f"{name} does not do to {base.name} what its card says it did when it was published: "
+            f"{'; '.join(problems)}.",
+            "Bytes and fingerprint agree, so look for another revision of the base, a wrong scale (alpha), a card of "
+            f"another adapter, or a bug here. Measure it anew with: ahl verify --deep {name}",
+        )
+    return found
+
+
+def _is_exact(recorded: dict[str, Any], base: Base) -> bool:
+    """Whether figures measured on the recorded base must come out the same here: float32, same weights, same rounding.
+
+    Not with int8: a CUDA device rounds the activations too, and a card does not say what it was measured on.
+    """
+    mark = recorded.get("fingerprint")
+    if not isinstance(mark, dict) or not (mark.get("weights") and mark.get("quantization")):
+        return False
+    same = not set(base.fingerprint.differs_from(mark)) - {"chat_template"} and base.quantization != "int8"
+    return same and recorded.get("dtype") == base.choices["dtype"].value == "float32"
 
 
 def compare_base(name: str, recorded: dict[str, Any], base: Base) -> str:
@@ -67,9 +112,15 @@ def compare_base(name: str, recorded: dict[str, Any], base: Base) -> str:
             f"this is {base.name} ({base.fingerprint.digest[:12]}): {', '.join(differing)} differ.",
             f"Load it on {recorded.get('name', 'its own base')}.",
         )
-    if "quantization" in differing:
+    dtype = base.choices["dtype"].value
+    if "quantization" in differing or recorded.get("dtype") not in (None, dtype):
+        before = (mark.get("quantization") or base.quantization, recorded.get("dtype") or dtype)
         return (
-            f"{name} was trained on {recorded.get('name')} in {mark['quantization']}; "
-            f"this base has the same weights in {base.quantization}."
+            f"{name} was trained on {recorded.get('name', 'its base')} in {_precision(*before)}; "
+            f"this base has the same weights in {_precision(base.quantization, dtype)}."
         )
     return f"{name} was trained with another chat template." if "chat_template" in differing else ""
+
+
+def _precision(quantization: str, dtype: str) -> str:
+    return dtype if quantization == "none" else f"{quantization} ({dtype})"

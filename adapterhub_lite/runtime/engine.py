@@ -13,8 +13,9 @@ from ..names import Ref
 from ..store import Store
 from ..tasks.registry import make_task
 from ..tasks.task import Task
-from .admit import admit
+from .admit import Admitted, admit, prove
 from .batch import BatchPlan, Composer
+from .memo import Memo
 from .sites import SiteHooks
 from .slots import Slots
 
@@ -30,7 +31,9 @@ class Engine:
         self.hooks = SiteHooks()
         self.composer = Composer()
         self.tasks: dict[str, Task | None] = {}
-        self._remarks: set[str] = set()
+        self._memo = Memo()
+        self._proven: set[str] = set()
+        self._remarked: set[str] = set()
         self._on_event = on_event
         self._closed = False
 
@@ -54,12 +57,22 @@ class Engine:
         if held is None:
             if ref.version is None:
                 raise NotFound(f"{ref} was never stored and has left its slot.", "Attach it again, or raise slots.")
-            held, remark = admit(self.store, ref, self.base)
+            admitted = admit(self.store, ref, self.base)
+            self._prove(admitted, ref.digest)
+            held = admitted.fitted
             self.keep(held)
-            if remark and remark not in self._remarks:
-                self._remarks.add(remark)
-                self._on_event(Note(remark, "warning"))
+            if admitted.remark and ref.digest not in self._remarked:
+                self._remarked.add(ref.digest)
+                self._on_event(Note(admitted.remark, "warning"))
         return held
+
+    def _prove(self, admitted: Admitted, digest: str) -> None:
+        """Measure a version before anybody is served by it, unless that was done on this machine."""
+        if digest in self._proven:
+            return
+        if not self._memo.holds(digest, self.base):
+            self._memo.add(digest, self.base, prove(admitted, self.base))
+        self._proven.add(digest)
 
     def keep(self, fitted: Fitted) -> None:
         """Make a fitted adapter resident."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
+from ..adapters.fit import Fitted
 from ..bases.load import Base
 from ..errors import NotFound, Unsupported
 from ..events import Listener, ignore
@@ -81,6 +82,13 @@ class Runtime:
             assert resolved is not None
             self._engine.fitted(resolved)
             return resolved
+
+    def fitted(self, ref: str | Ref) -> Fitted:
+        """An adapter with every tensor in its place in this base, made resident if it is not."""
+        with self._lock:
+            resolved = self._engine.resolve(ref)
+            assert resolved is not None
+            return self._engine.fitted(resolved)
 
     def attach(self, adapter: Adapter, task: Task | None = None) -> Ref:
         """Make an adapter resident that is in no store (yet); returns a reference that this runtime knows.

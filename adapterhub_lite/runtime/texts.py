@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_HALF = "\ufffd"  # what a decoder gives for the bytes of an incomplete character
+
 
 class TextStream:
     """Decodes one row's tokens; `push` returns the text that is now certain."""
@@ -20,18 +22,26 @@ class TextStream:
         """Add a token; returns new text, "" while a character or a possible stop string is incomplete."""
         self._tokens.append(token)
         text = self._text()
-        cut = min((text.find(s) for s in self._stop if s in text), default=-1)
+        cut = self._cut(text.rstrip(_HALF))  # half a character is not yet what it will be
         if cut >= 0:
             self.done = True
             return self._take(text[:cut])
-        if text.endswith("\ufffd"):
+        if text.endswith(_HALF):
             return ""
         held = max((_overlap(text, s) for s in self._stop), default=0)
         return self._take(text[: len(text) - held])
 
     def finish(self) -> str:
         """The text still held back when no more tokens come."""
-        return "" if self.done else self._take(self._text())
+        if self.done:
+            return ""
+        text = self._text()
+        cut = self._cut(text)
+        return self._take(text if cut < 0 else text[: max(cut, self._sent)])
+
+    def _cut(self, text: str) -> int:
+        """Where the first stop string begins, or -1."""
+        return min((text.find(s) for s in self._stop if s in text), default=-1)
 
     def _text(self) -> str:
         return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

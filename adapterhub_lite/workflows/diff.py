@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.adapter import read_adapter
+from ..adapters.adapter import stored_adapter
 from ..adapters.compare import Comparison, compare
 from ..bases.load import Base
 from ..bases.quiet import quiet
@@ -151,10 +151,7 @@ def _in_order(splits: set[str]) -> list[str]:
 
 
 def _weights(store: Store, one: _Version, two: _Version) -> tuple[Comparison | None, str]:
-    read = [
-        read_adapter(store.verified_folder(side.ref), name=str(side), digest=side.ref.digest or "", card=side.card)
-        for side in (one, two)
-    ]
+    read = [stored_adapter(store.read(side.ref)) for side in (one, two)]
     try:
         return compare(*read), ""
     except (AdapterMismatch, Unsupported) as error:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from ..adapters.adapter import read_adapter
+from ..adapters.adapter import stored_adapter
 from ..bases.inputs import pad_rows
 from ..bases.load import Base
 from ..bases.quiet import quiet
 from ..errors import MergeFailed, StoreError
-from ..evaluation.effect import PROBES
 from ..events import Listener, Stage, ignore
 from ..formats.card import Card
 from ..merging.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from ..merging.merge import check_out, staged_merge, write_report
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.report import Difference, MergeReport, Thresholds, compare_logits
 from ..names import Ref
+from ..runtime.certificate import PROBES
 from ..runtime.runtime import Runtime
 from ..store import Store
 from ..tasks.classify import Classify
@@ -103,7 +103,7 @@ def _require_passed(report: MergeReport) -> None:
 
 
 def _plan(store: Store, ref: Ref, card: Card, runtime: Runtime, bake: str, dtype: str) -> MergePlan:
-    adapter = read_adapter(store.verified_folder(ref), name=str(ref), digest=ref.digest or "", card=card)
+    adapter = stored_adapter(store.read(ref))
     task = runtime.task(ref)
     base = runtime.base
     with quiet():

@@ -12,13 +12,13 @@ from ..adapters.adapter import Adapter
 from ..bases.load import Base, load_base
 from ..bases.quiet import quiet
 from ..errors import Unsupported
-from ..evaluation.effect import measure_effect
 from ..evaluation.evaluate import evaluate
 from ..events import Evaluated, Listener, Note, Stage, ignore
-from ..formats.card import Card
+from ..formats.card import Card, examples_of
 from ..formats.peft_config import LoraSpec
 from ..names import Ref, check_name
 from ..recipe import FileData, Recipe, load_recipe, recipe_dict
+from ..runtime.certificate import measure
 from ..runtime.prompting import position_limit
 from ..runtime.runtime import Runtime
 from ..store import Store
@@ -124,7 +124,9 @@ def adapter_summary(adapter: Adapter) -> dict[str, Any]:
 
 
 def base_summary(base: Base) -> dict[str, Any]:
-    """What a card says of the base."""
+    """What a card says of the base; repo and commit only where its files came from the Hub."""
+    kind, _, repo = base.source.origin.partition(" ")
+    from_hub = {"repo": repo, "commit": base.source.revision} if kind == "hub" else {}
     return {
         "name": base.name,
         "revision": base.source.revision,
@@ -132,6 +134,7 @@ def base_summary(base: Base) -> dict[str, Any]:
         "fingerprint": base.fingerprint.to_dict(),
         "quantization": base.quantization,
         "dtype": base.choices["dtype"].value,
+        **from_hub,
     }
 
 
@@ -181,12 +184,14 @@ def _publish(
     try:
         with quiet():
             held = runtime.attach(trained.adapter, task)
-            effect = measure_effect(runtime, held)
+            effect = measure(runtime, held)
             metrics: dict[str, dict[str, float]] = {}
+            examples: dict[str, Any] = {}
             split = next((s for s in ("test", "validation") if s in rows), None)
             if split is not None:
                 title = f"measuring {name} on {split}"
-                metrics[split] = evaluate(runtime, task, rows[split], held, on_event, title).metrics
+                found = evaluate(runtime, task, rows[split], held, on_event, title)
+                metrics[split], examples[split] = found.metrics, examples_of(found.answers)
                 on_event(Evaluated(split, len(trained.history.losses), metrics[split]))
     finally:
         runtime.close()
@@ -200,6 +205,7 @@ def _publish(
         libraries=libraries(),
         metrics=metrics,
         effect=effect,
+        examples=examples,
         origin={"kind": "trained", **_history(trained.history)},
         duration_seconds=round(time.perf_counter() - started, 3),
     )

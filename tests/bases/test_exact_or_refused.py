@@ -131,7 +131,7 @@ def test_an_imported_adapter_does_not_choose_what_is_loaded(folder):
 def test_a_card_with_a_field_of_the_wrong_kind_is_refused(fields):
     good = json.loads(Card().to_bytes())
     Card.from_bytes(json.dumps(good))
-    with pytest.raises(FormatError, match=next(iter(fields))):
+    with pytest.raises(FormatError, match=f"{next(iter(fields))}|too large a number"):
         Card.from_bytes(json.dumps({**good, **fields}))
 
 

@@ -190,7 +190,7 @@ class TestAnswersAtLoad:
         (note,) = self.notes(store, folder, "none")
         assert note.level == "warning"
         assert "nf4" in note.text
-        assert "none" in note.text
+        assert "same weights in float32" in note.text
 
     def test_another_chat_template_is_said(self, store: Store, folder: Path):
         (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")

@@ -36,7 +36,7 @@ def _raise(error: BaseException) -> Callable[..., None]:
         (["show", "Bad Name"], 1, "not a valid adapter name"),
         (["show", "x@0"], 1, "not a version"),
         (["export", "nothing", "out"], 1, "There is no adapter nothing"),
-        (["import", "no-folder", "--name", "x"], 1, "is not a folder"),
+        (["import", "no-folder", "--name", "x"], 1, "does not exist"),
         (["train", "sqll"], 1, "Did you mean sql?"),
         (["run", "--adapter", "nothing", "hi"], 1, "There is no adapter nothing"),
         (["run", "--base", "nonsense", "hi"], 1, "There is no base 'nonsense'"),

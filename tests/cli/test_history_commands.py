@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Path:
 
 def test_log_shows_versions_and_moves(store: Path) -> None:
     Store(store).refuse(
-        "sql", "prod", 3, {"metric": "accuracy", "candidate_value": 0.8, "current_value": 0.9, "current_version": 2}
+        "sql", "prod", 3, {"metric": "accuracy", "candidate_value": 0.8, "current_value": 0.9, "current": 2}
     )
     text = ahl("log", "sql", "--store", store).stdout
     assert "sql@2 (prod)  trained, lora, on smollm2 nf4 (1a1a1a1a1a1a), accuracy 0.900 (test), from sql@1" in text

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from adapterhub_lite.errors import CapacityError, Unsupported
@@ -258,6 +258,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
 @given(text=texts, stop=st.lists(st.text(max_size=3), max_size=2))
+@example(text="\x80", stop=["\ufffd"])
 def test_text_arrives_whole_characters_at_a_time(text: str, stop: list[str]):
     """The tiny tokenizer has one token a byte, so that every other character is split."""
     stream = TextStream(_tokenizer(), stop)

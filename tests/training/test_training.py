@@ -286,17 +286,17 @@ class TestFailures:
         assert store.names() == []
 
     def test_an_adapter_without_effect(self, base):
-        from adapterhub_lite.evaluation.effect import measure_effect
+        from adapterhub_lite.runtime.certificate import measure
         from tests.runtime import build
 
         runtime = Runtime(base, Store())
         adapter = build.lora(base, 1)
-        assert measure_effect(runtime, runtime.attach(adapter))["max_logit_change"] > 0
+        assert measure(runtime, runtime.attach(adapter))["max_logit_change"] > 0
         for name, tensor in adapter.tensors.items():
             if "lora_B" in name:
                 tensor.zero_()
         with pytest.raises(NoEffect, match="no logit"):
-            measure_effect(runtime, runtime.attach(adapter))
+            measure(runtime, runtime.attach(adapter))
         runtime.close()
 
     def test_a_recipe_for_another_base(self, base, tiny_base, tmp_path: Path):
