@@ -33,10 +33,9 @@ class NetworkReached(AssertionError):
 
 
 @pytest.fixture(autouse=True)
-def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """AHL_HOME and AHL_CACHE are folders of this test's own; of the user's cache only the bases are seen."""
-    home, cache = tmp_path / "ahl-home", tmp_path / "ahl-cache"
-    cache.mkdir()
+    home, cache = tmp_path / "ahl-home", tmp_path_factory.mktemp("ahl-cache")
     for shared in ("bases", "fingerprints.json"):
         (cache / shared).symlink_to(_CACHE / shared)
     monkeypatch.setenv("AHL_HOME", str(home))
