@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import FormatError
 from .fields import problems_error, shown
-from .strict_json import dump, parse_object
+from .strict_json import dump, finite_integer, parse_object
 
 SCHEMA = 2
 MAX_EXAMPLES, MAX_ANSWER = 8, 400  # rows of a split, characters of an answer
@@ -89,7 +89,7 @@ class Card:
         Raises:
             FormatError: all problems at once; for a newer schema, that an upgrade reads it.
         """
-        raw = parse_object(data, "card.json", limit=MAX_BYTES, depth=32)
+        raw = parse_object(data, "card.json", limit=MAX_BYTES, depth=32, integer=finite_integer)
         schema = raw.get("schema")
         if type(schema) is int and schema > SCHEMA:
             message = f"card.json has schema {schema}; this version of adapterhub-lite reads up to {SCHEMA}."
@@ -123,14 +123,28 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e300
 
 
-def _base(value: Any) -> bool:
+def is_base(value: object) -> bool:
+    """Whether this can be the `base` of a card."""
     if not isinstance(value, dict) or not _texts(value.get("fingerprint", {})):
         return False
     return all(item is None or isinstance(item, str) for key, item in value.items() if key != "fingerprint")
 
 
+def _splits(value: Any) -> bool:
+    """An object by splits: their names are shown as they are."""
+    return isinstance(value, dict) and all(map(str.isprintable, value))
+
+
 def _parts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(facts, dict) for facts in value.values())
+    return _splits(value) and all(isinstance(facts, dict) for facts in value.values())
+
+
+def _task(value: Any) -> bool:
+    """What listings rely on; the rest is between a task and its maker."""
+    if not isinstance(value, dict) or not isinstance(value.get("type") or "", str):
+        return False
+    metrics = value.get("metrics") or []
+    return isinstance(metrics, list) and all(isinstance(name, str) for name in metrics)
 
 
 def _effect(value: Any) -> bool:
@@ -143,13 +157,11 @@ def _origin(value: Any) -> bool:
 
 
 def _metrics(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(split, dict) and all(map(_number, split.values())) for split in value.values()
-    )
+    return _splits(value) and all(_splits(split) and all(map(_number, split.values())) for split in value.values())
 
 
 def _examples(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_answered, value.values()))
+    return _splits(value) and all(map(_answered, value.values()))
 
 
 def _answered(value: Any) -> bool:
@@ -179,13 +191,13 @@ def _time(value: Any) -> bool:
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adapter": (_adapter, f"an object whose type is one of {', '.join(ADAPTER_TYPES)}"),
-    "base": (_base, "an object of texts whose fingerprint is an object of texts"),
-    "task": (_object, "an object"),
+    "base": (is_base, "an object of texts whose fingerprint is an object of texts"),
+    "task": (_task, "an object whose type is a text and whose metrics are a list of texts"),
     "recipe": (lambda value: value is None or _object(value), "an object or null"),
-    "data": (_parts, "an object of objects"),
+    "data": (_parts, "an object of objects with printable names"),
     "seed": (lambda value: value is None or type(value) is int, "a whole number or null"),
     "libraries": (_texts, "an object of texts"),
-    "metrics": (_metrics, "an object of splits, each an object of numbers"),
+    "metrics": (_metrics, "an object of splits, each an object of numbers, with printable names"),
     "effect": (_effect, "an object of numbers"),
     "examples": (
         _examples,

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from ..errors import FormatError
 
+MOST = 50  # problems told
+
 T = TypeVar("T")
 Check = Callable[[Any], T]  # returns the value, or raises ValueError with what is expected
 
@@ -53,9 +55,10 @@ class Fields:
 
 
 def problems_error(what: str, problems: list[str]) -> FormatError:
-    """One error for many problems, one line each."""
+    """One error for many problems, one line each; the first of them where there are very many."""
     count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-    return FormatError("\n  ".join([f"{what}: {count}", *problems]))
+    more = [f"and {len(problems) - MOST} more"] if len(problems) > MOST else []
+    return FormatError("\n  ".join([f"{what}: {count}", *problems[:MOST], *more]))
 
 
 def shown(value: object) -> str:

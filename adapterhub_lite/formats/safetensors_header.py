@@ -23,6 +23,7 @@ MAX_HEADER = 4 << 20
 MAX_TENSORS = 20_000
 MAX_BYTES = 1 << 46  # no tensor dimension or size beyond this is believed; products stay far below 2**63
 MAX_DIMENSIONS = 16
+MAX_METADATA = 1 << 20  # characters
 
 DTYPE_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
@@ -33,6 +34,9 @@ DTYPE_BYTES: Mapping[str, int] = {
 _KEY = re.compile(r"[A-Za-z0-9_.\-]{1,512}", re.ASCII)
 _LENGTH = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
+# What one tensor has of these signs beside its brace, and what all metadata may add.
+_SIGNS: Mapping[bytes, int] = {b":": 4, b",": 8}
+_ALLOWANCE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +112,26 @@ def _parse(start: bytes, head: bytes, size: int, what: str, max_tensors: int) ->
     if not head.startswith(b"{"):
         _refuse_foreign(start, what)
         raise FormatError(f"{what} is not a safetensors file: its header does not begin with '{{'.")
-    fields = parse_object(head, f"the header of {what}", limit=len(head), depth=3, integer=_natural)
+    _check_signs(head, what, max_tensors)
+    most = len(head)
+    fields = parse_object(head, f"the header of {what}", limit=most, depth=3, values=most, integer=_natural)
     metadata = _metadata(fields.pop("__metadata__", {}), what)
     if len(fields) > max_tensors:
         raise FormatError(f"{what} declares {len(fields)} tensors; the limit is {max_tensors}.")
-    tensors = {_key(key, what): _tensor(key, value, what) for key, value in fields.items()}
+    tensors = {_key(key, what): _tensor(key, fields.pop(key), what) for key in list(fields)}
     body = _LENGTH + len(head)
     _check_contiguous(tensors, size - body, what)
     return Header(tensors, metadata, body)
+
+
+def _check_signs(head: bytes, what: str, max_tensors: int) -> None:
+    """Refuse a header that has more values than its tensors call for: a megabyte of them parses to fifty."""
+    braces = head.count(b"{")
+    tensors = min(braces, max_tensors)
+    if braces > max_tensors + _ALLOWANCE or any(
+        head.count(sign) > each * tensors + _ALLOWANCE for sign, each in _SIGNS.items()
+    ):
+        raise FormatError(f"{what} declares more tensors than the limit of {max_tensors}, or values beside them.")
 
 
 def _natural(text: str) -> int:
@@ -128,6 +144,8 @@ def _natural(text: str) -> int:
 def _metadata(value: Any, what: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise FormatError(f"{what}: __metadata__ is not an object of strings.")
+    if sum(len(key) + len(text) for key, text in value.items()) > MAX_METADATA:
+        raise FormatError(f"{what}: __metadata__ is larger than the limit of {MAX_METADATA} characters.")
     return value
 
 

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 means it: no duplicate keys, no NaN, no lone surrogates, bounded size and depth."""
+"""JSON as RFC 8259 means it: no duplicate keys, no NaN, no lone surrogates, bounded size, depth and count of values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from ..errors import FormatError
 
 MAX_DEPTH = 16
+MAX_VALUES = 300_000
+_DIGITS = 300  # of an integer; the largest float has 309
 
 
 def parse_object(
@@ -18,9 +20,12 @@ def parse_object(
     *,
     limit: int,
     depth: int = MAX_DEPTH,
+    values: int = MAX_VALUES,
     integer: Callable[[str], int] = int,
 ) -> dict[str, Any]:
     """Parse one JSON object of at most `limit` bytes (UTF-8) and `depth` levels; `integer` reads its integers.
+
+    `values` bounds how many values and texts it may hold, commas and brackets inside of texts included.
 
     Raises:
         FormatError: naming `what`, for anything that is not exactly that.
@@ -28,6 +33,8 @@ def parse_object(
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     if len(raw) > limit:
         raise FormatError(f"{what} is {len(raw)} bytes; the limit is {limit}.")
+    if len(raw) > values and _signs(raw) > values:
+        raise FormatError(f"{what} holds more values than the limit of {values}.")
     try:
         value = json.loads(
             raw.decode("utf-8"),
@@ -44,6 +51,13 @@ def parse_object(
         raise FormatError(f"{what} is not a JSON object.")
     _check(value, what, depth)
     return value
+
+
+def finite_integer(text: str) -> int:
+    """An integer that a float can hold too. Raises ValueError for a larger one."""
+    if len(text) > _DIGITS:
+        raise ValueError(f"{text[:40]} is too large a number")
+    return int(text)
 
 
 def dump(value: object, indent: int | None = None, sort_keys: bool = True) -> bytes:
@@ -75,19 +89,27 @@ def _finite(text: str) -> float:
     return value
 
 
+def _signs(raw: bytes) -> int:
+    """No fewer than the values and texts of a JSON text: a few megabytes of `{},` would be hundreds when parsed."""
+    return raw.count(b",") + raw.count(b"{") + raw.count(b"[") + raw.count(b'"') // 2
+
+
 def _check(value: object, what: str, depth: int) -> None:
-    """Depth and encodability, without recursion: the input chooses the shape."""
-    stack: list[tuple[object, int]] = [(value, 1)]
-    while stack:
-        item, level = stack.pop()
-        if level > depth + 1:
-            raise FormatError(f"{what} is nested deeper than {depth} levels.")
-        if isinstance(item, dict):
-            stack.extend((part, level + 1) for pair in item.items() for part in pair)
-        elif isinstance(item, list):
-            stack.extend((part, level + 1) for part in item)
-        elif isinstance(item, str) and not item.isascii():
-            _check_text(item, what)
+    """Depth and encodability, level by level and without recursion: the input chooses the shape."""
+    level: list[object] = [value]
+    for _ in range(depth + 1):
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item)
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif isinstance(item, str) and not item.isascii():
+                _check_text(item, what)
+        level = below
+    if level:
+        raise FormatError(f"{what} is nested deeper than {depth} levels.")
 
 
 def _check_text(text: str, what: str) -> None:

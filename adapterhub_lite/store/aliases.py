@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import FormatError, InvalidName, StoreCorrupt, StoreError
 from ..formats.card import utc_now
 from ..formats.files import read_regular
-from ..formats.strict_json import dump, parse_object
+from ..formats.strict_json import dump, finite_integer, parse_object
 from ..names import check_alias, check_digest, check_name, check_version
 from .fs import FileSystem, discard, ensure_folder, new_tmp, write_file
 from .layout import FORMAT, MOVE, Layout
@@ -61,11 +61,15 @@ def listed(layout: Layout, name: str, form: int = FORMAT) -> Listed:
     """What the folder of the aliases of `name` holds, in a store of format `form`.
 
     In format 1 a file is the whole truth, and moves beside it are of a migration that is not decided yet.
+
+    Raises:
+        StoreCorrupt: moves without a file in format 1, which no migration leaves.
     """
     last: dict[str, int] = {}
     first = set()
+    folder = layout.aliases(name)
     try:
-        entries = os.listdir(layout.aliases(name))
+        entries = [] if os.path.islink(folder) else os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         entries = []
     for entry in entries:
@@ -77,7 +81,13 @@ def listed(layout: Layout, name: str, form: int = FORMAT) -> Listed:
                 first.add(check_alias(entry.removesuffix(_SUFFIX)))
         except InvalidName:
             continue  # not ours
-    return Listed({}, frozenset(first)) if form == 1 else Listed(last, frozenset(first - last.keys()))
+    if form > 1:
+        return Listed(last, frozenset(first - last.keys()))
+    if last.keys() - first:
+        which = f"{name}:{min(last.keys() - first)}"
+        message = f"store.json says format 1, but {which} is kept as in format {FORMAT}."
+        raise StoreCorrupt(message, f'Write {{"format": {FORMAT}}} into {layout.store_file} to go on.')
+    return Listed({}, frozenset(first))
 
 
 def names_with_aliases(layout: Layout) -> list[str]:
@@ -165,6 +175,8 @@ def read_move(layout: Layout, name: str, alias: str, number: int) -> Move:
     """
     path = layout.move(name, alias, number) / MOVE
     try:
+        if os.path.islink(path.parent):
+            raise FormatError("it is a symbolic link.")
         move = _parse(name, alias, read_regular(path, _LIMIT))
         if move.number != number:
             raise FormatError("it is another move.")
@@ -206,7 +218,7 @@ def _dump(name: str, alias: str, move: Move) -> bytes:
 
 
 def _parse(name: str, alias: str, data: bytes) -> Move:
-    raw = parse_object(data, "the move", limit=_LIMIT)
+    raw = parse_object(data, "the move", limit=_LIMIT, integer=finite_integer)
     reason = raw.get("reason")
     if raw.get("event") not in EVENTS or not isinstance(reason, dict):
         raise FormatError("it says no event that is known.")

@@ -21,7 +21,7 @@ def place(fs: FileSystem, layout: Layout, data: bytes, digest: str, target: Path
     A damaged object is replaced by what is written here. An object may vanish at any time.
     """
     blob = layout.object(digest)
-    if _holds(blob, data):
+    if not os.path.islink(blob.parent) and _holds(blob, data):
         try:
             fs.link(blob, target)
             return
@@ -33,8 +33,13 @@ def place(fs: FileSystem, layout: Layout, data: bytes, digest: str, target: Path
 
 
 def share(fs: FileSystem, layout: Layout, source: Path, digest: str) -> None:
-    """Make the durable file `source` the object of its content, in place of a damaged one; nothing without links."""
+    """Make the durable file `source` the object of its content, in place of a damaged one.
+
+    Nothing on a file system without hard links, or where the folder of the object is not the store's own.
+    """
     blob = layout.object(digest)
+    if os.path.islink(blob.parent):
+        return
     for folder in (layout.objects, blob.parent):  # not synced: nothing that must last depends on them
         with suppress(FileExistsError):
             fs.mkdir(folder)
@@ -57,7 +62,7 @@ def drop_unused(fs: FileSystem, layout: Layout, digests: list[str]) -> None:
     for digest in digests:
         blob = layout.object(digest)
         with suppress(OSError):
-            if os.lstat(blob).st_nlink == 1:
+            if not os.path.islink(blob.parent) and os.lstat(blob).st_nlink == 1:
                 discard(fs, blob)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import FormatError, InvalidName, NotFound, StoreCorrupt
 from ..formats.card import Card
@@ -28,13 +28,14 @@ from .reading import load_manifest, read_file
 Mark = tuple[int, int, int, int]
 """Device, inode, and times of change of a folder or file, in nanoseconds."""
 
+_T = TypeVar("_T")
 SETTLED = 2_000_000_000  # nanoseconds; the coarsest clock of a file system in use (FAT)
 _LIST = "See what there is with: ahl list"
 _KEPT = 4096  # names remembered
 _COMPARED = 2000  # names compared with one that is not there
 
 
-def mark_of(path: Path) -> Mark | None:
+def mark_of(path: str | Path) -> Mark | None:
     """What changes when a folder does; None where there is none, or where it changed just now."""
     try:
         stat = os.stat(path)
@@ -65,13 +66,17 @@ class Catalog:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        # As texts: a lookup is a few microseconds, and joining paths would be half of them.
+        self._store_file = str(layout.store_file)
+        self._adapters = f"{layout.adapters}{os.sep}"
+        self._all_aliases = f"{layout.all_aliases}{os.sep}"
         self._format: tuple[Mark, int] | None = None
         self._names: dict[str, _Name] = {}
         self._aliases: dict[str, _Aliases] = {}
 
     def format(self) -> int | None:
         """As `migrate.read_format`."""
-        mark = mark_of(self._layout.store_file)
+        mark = mark_of(self._store_file)
         if mark is None or self._format is None or self._format[0] != mark:
             found = read_format(self._layout)
             self._format = (mark, found) if mark is not None and found is not None else None
@@ -100,7 +105,7 @@ class Catalog:
         """The move that says what an alias names; None if it was never set. Raises StoreCorrupt."""
         found = self._listed(name)
         if alias not in found.current:
-            found.current[alias] = aliases.current(self._layout, name, alias, found.listed)
+            found.current[alias] = self._told(name, alias, aliases.current)
         return found.current[alias]
 
     def aliases(self, name: str) -> dict[str, int]:
@@ -110,7 +115,7 @@ class Catalog:
 
     def history(self, name: str, alias: str) -> tuple[Move, ...]:
         """Every move of an alias, the latest last. Raises StoreCorrupt where one is damaged."""
-        return aliases.history(self._layout, name, alias, self._listed(name).listed)
+        return self._told(name, alias, aliases.history)
 
     def resolve(self, ref: str | Ref) -> Ref:
         """Bind a reference to a version and its digest.
@@ -122,7 +127,8 @@ class Catalog:
         """
         ref = Ref.parse(ref)
         self.format()
-        present = self._name(ref.name).numbers.present
+        known = self._name(ref.name)
+        present = known.numbers.present
         if not present:
             raise self._no_name(ref.name)
         expected = ref.digest
@@ -132,9 +138,10 @@ class Catalog:
             version, expected = self._follow(ref)
         else:
             version = present[-1]
-        if version not in present:
+        if version != present[-1] and not known.numbers.has(version):
             raise self._no_version(ref, version)
-        return self._bind(ref, version, expected)
+        digest = known.digests.get(version)
+        return self._bind(ref, version, expected, digest)
 
     def digest(self, name: str, version: int) -> str:
         """The identity of a version, as it was when it was read first. Raises NotFound, StoreCorrupt."""
@@ -149,8 +156,7 @@ class Catalog:
         self._aliases.pop(name, None)
 
     def _name(self, name: str) -> _Name:
-        folder = self._layout.versions(name)
-        mark = mark_of(folder)
+        mark = mark_of(self._adapters + check_name(name))
         known = self._names.get(name)
         if known is None or mark is None or known.mark != mark:
             known = _Name(mark, numbers(self._layout, name))
@@ -158,12 +164,32 @@ class Catalog:
         return known
 
     def _listed(self, name: str) -> _Aliases:
-        mark = mark_of(self._layout.aliases(name))
+        mark = mark_of(self._all_aliases + check_name(name))
         known = self._aliases.get(name)
         if known is None or mark is None or known.mark != mark:
-            known = _Aliases(mark, aliases.listed(self._layout, name, self.format() or FORMAT))
+            known = _Aliases(mark, self._list_aliases(name))
             _remember(self._aliases, name, known)
         return known
+
+    def _list_aliases(self, name: str) -> Listed:
+        form = self.format() or FORMAT
+        try:
+            return aliases.listed(self._layout, name, form)
+        except StoreCorrupt:
+            if read_format(self._layout) == form:
+                raise
+            return aliases.listed(self._layout, name)  # migrated since the format was read
+
+    def _told(self, name: str, alias: str, read: Callable[[Layout, str, str, Listed], _T]) -> _T:
+        """What `read` makes of the listing; of a new one where a migration has taken a file away meanwhile."""
+        found = self._listed(name)
+        try:
+            return read(self._layout, name, alias, found.listed)
+        except StoreCorrupt:
+            if alias not in found.listed.first or os.path.lexists(self._layout.first_alias(name, alias)):
+                raise
+            self._aliases.pop(name, None)
+            return read(self._layout, name, alias, self._listed(name).listed)
 
     def _follow(self, ref: Ref) -> tuple[int, str | None]:
         move = self.current(ref.name, str(ref.alias))
@@ -171,9 +197,9 @@ class Catalog:
             raise NotFound(f"{ref.name} has no alias {ref.alias}. {self._present(ref.name)}", _LIST)
         return move.version, move.digest
 
-    def _bind(self, ref: Ref, version: int, expected: str | None) -> Ref:
+    def _bind(self, ref: Ref, version: int, expected: str | None, digest: str | None) -> Ref:
         try:
-            digest = self.digest(ref.name, version)
+            digest = digest or self.digest(ref.name, version)
         except NotFound:
             raise self._no_version(ref, version) from None
         if expected is not None and expected != digest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 from ..errors import AdapterHubError
 from ..formats.adapter_files import inventory
@@ -12,8 +14,12 @@ from ..formats.safetensors_header import read_header
 from ..names import Ref, check_digest
 from .catalog import Catalog, card_of, named
 from .layout import CONFIG, MANIFEST, WEIGHTS, Layout
+from .links import links, object_files
 from .manifest import FILES, FileFact
+from .numbers import taken
 from .reading import check_files, file_problem, load_manifest, read_file
+
+_GAP = 100  # missing numbers in a row that are reported one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,13 @@ def verify(layout: Layout, ref: str | Ref | None = None) -> list[Finding]:
             return []
     except AdapterHubError as error:
         return [Finding(str(ref or "store.json"), str(error))]
-    return [*_all_versions(layout, catalog), *_all_aliases(layout, catalog), *_all_objects(layout)]
+    everything = (_all_links(layout), _all_versions(layout, catalog), _all_aliases(layout, catalog))
+    return [*chain.from_iterable(everything), *_all_objects(layout)]
+
+
+def _all_links(layout: Layout) -> Iterator[Finding]:
+    for path in links(layout):
+        yield Finding(f"{path.parent.name}/{path.name}", "is a symbolic link, which nothing is read through")
 
 
 def _all_versions(layout: Layout, catalog: Catalog) -> Iterator[Finding]:
@@ -49,9 +61,18 @@ def _all_versions(layout: Layout, catalog: Catalog) -> Iterator[Finding]:
         present, removed = catalog.versions(name), catalog.removed(name)
         for version in present:
             yield from _version_findings(layout, name, version)
-        # Numbers are given out without a gap, and a removed version leaves a tombstone.
-        for version in sorted(set(range(1, max([*present, *removed, 0]) + 1)) - {*present, *removed}):
-            yield Finding(f"{name}@{version}", "is missing: its folder is gone, and nothing says that it was removed")
+        yield from _missing(layout, name, sorted({0, *present, *removed}))
+
+
+def _missing(layout: Layout, name: str, known: list[int]) -> Iterator[Finding]:
+    """Numbers are given out without a gap, and a removed version leaves a tombstone."""
+    problem = "is missing: its folder is gone, and nothing says that it was removed"
+    for before, after in pairwise(known):
+        for version in range(before + 1, min(after, before + 1 + _GAP)):
+            if not taken(layout, name, version):  # as by a writer that was faster than the listing
+                yield Finding(f"{name}@{version}", problem)
+        if after - before - 1 > _GAP:
+            yield Finding(f"{name}@{before + 1 + _GAP} to {name}@{after - 1}", problem)
 
 
 def _version_findings(layout: Layout, name: str, version: int) -> Iterator[Finding]:
@@ -61,10 +82,11 @@ def _version_findings(layout: Layout, name: str, version: int) -> Iterator[Findi
         spec = parse_adapter_config(read_file(layout, name, version, CONFIG))
         inventory(spec, read_header(layout.version(name, version) / WEIGHTS))
         card_of(layout, name, version)
-    except AdapterHubError as error:
-        yield Finding(where, str(error))
+        extra = {path.name for path in layout.version(name, version).iterdir()} - FILES - {MANIFEST}
+    except (AdapterHubError, OSError) as error:
+        if not layout.tombstone(name, version).exists():  # removed while it was looked at
+            yield Finding(where, str(error))
         return
-    extra = {path.name for path in layout.version(name, version).iterdir()} - FILES - {MANIFEST}
     if extra:
         yield Finding(where, f"holds files that are not part of it: {', '.join(sorted(extra))}")
 
@@ -74,8 +96,15 @@ def _all_aliases(layout: Layout, catalog: Catalog) -> Iterator[Finding]:
         if name is None:
             yield Finding(f"aliases/{path.name}", "is not an adapter name")
             continue
-        for alias in catalog.alias_names(name):
-            yield from _alias_findings(catalog, name, alias)
+        try:
+            there = catalog.alias_names(name)
+        except AdapterHubError as error:
+            yield Finding(f"aliases/{name}", str(error))
+            continue
+        for alias in there:
+            if found := list(_alias_findings(catalog, name, alias)):
+                # Once more: it may have moved while it was looked at, and what it named before be gone.
+                yield from (one for one in _alias_findings(Catalog(layout), name, alias) if one in found)
 
 
 def _alias_findings(catalog: Catalog, name: str, alias: str) -> Iterator[Finding]:
@@ -89,13 +118,13 @@ def _alias_findings(catalog: Catalog, name: str, alias: str) -> Iterator[Finding
 
 
 def _all_objects(layout: Layout) -> Iterator[Finding]:
-    for path in sorted(layout.objects.glob("*/*")):
+    for path in object_files(layout):
         where = f"objects/{path.parent.name}/{path.name}"
         try:
             if layout.object(check_digest(path.name)) != path:
                 yield Finding(where, "is in the wrong folder")
             problem = file_problem(path, FileFact(path.name, path.lstat().st_size))
-        except AdapterHubError as error:
+        except (AdapterHubError, OSError) as error:
             problem = str(error)
-        if problem:
+        if problem and os.path.lexists(path):  # nobody's: it may go at any time
             yield Finding(where, problem)

@@ -131,13 +131,16 @@ def replace_file(fs: FileSystem, tmp: Path, path: Path, data: bytes, mode: int =
 def ensure_folder(fs: FileSystem, path: Path, top: Path) -> None:
     """Make `path` and its parents below the existing folder `top`, durably.
 
-    Folders that exist are synced too: whoever made them may have died before doing so.
+    Folders that exist are synced too: whoever made them may have died before doing so. A link is no folder.
     """
     if path == top:
         return
     ensure_folder(fs, path.parent, top)
-    with suppress(FileExistsError):
+    try:
         fs.mkdir(path)
+    except FileExistsError:
+        if path.is_symlink():
+            raise StoreError(f"{path} is a symbolic link.", "Remove it: nothing is written through one.") from None
     fs.fsync_dir(path.parent)
 
 

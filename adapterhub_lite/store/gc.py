@@ -13,6 +13,7 @@ from ..names import check_digest
 from .catalog import Catalog, named
 from .fs import FileSystem, discard
 from .layout import Layout
+from .links import is_folder, object_files
 from .publish import STALE_SECONDS, clear, stale
 
 
@@ -57,7 +58,7 @@ def _removed(layout: Layout, catalog: Catalog) -> Iterator[tuple[str, int]]:
 
 def _unused(layout: Layout) -> Iterator[Path]:
     """Objects that are the last name of their content. A `put` that is about to share one writes a copy instead."""
-    for path in sorted(layout.objects.glob("*/*")):
+    for path in object_files(layout):
         with suppress(OSError, InvalidName):
             check_digest(path.name)
             if os.lstat(path).st_nlink == 1:
@@ -67,7 +68,7 @@ def _unused(layout: Layout) -> Iterator[Path]:
 def _converted(layout: Layout) -> Iterator[Path]:
     """Aliases in the form of format 1 whose moves exist: a migration was cut short after its decision."""
     for folder in sorted(layout.all_aliases.iterdir()) if layout.all_aliases.is_dir() else ():
-        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        for path in sorted(folder.glob("*.json")) if is_folder(folder) else ():
             if (folder / f"{path.name.removesuffix('.json')}@1").exists():
                 yield path
 

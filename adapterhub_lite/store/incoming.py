@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, NotFound, UnsafeFile
-from ..formats.card import MAX_BYTES as CARD_BYTES
+from ..formats.adapter_files import inventory
 from ..formats.card import Card, utc_now
 from ..formats.files import read_regular
-from ..formats.peft_config import MAX_BYTES as CONFIG_BYTES
 from ..formats.peft_config import parse_adapter_config
+from ..formats.safetensors_header import read_header
+from . import manifest as manifests
 from .layout import CARD, CONFIG, MANIFEST, WEIGHTS
-from .manifest import MAX_BYTES as MANIFEST_BYTES
-from .manifest import FileFact, Manifest, sha256
+from .manifest import FileFact, Manifest, check_received, sha256
 from .vetting import Vetted, vet
 
-MAX_WEIGHTS = 8 << 30
-LIMITS: Mapping[str, int] = {
-    CONFIG: CONFIG_BYTES,
-    WEIGHTS: MAX_WEIGHTS,
-    CARD: CARD_BYTES,
-    MANIFEST: MANIFEST_BYTES,
-}
+LIMITS: Mapping[str, int] = {**manifests.LIMITS, MANIFEST: manifests.MAX_BYTES}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _IGNORED = 100  # names of ignored files that are written down
 
@@ -63,9 +57,12 @@ def read_incoming(
     vetted = vet(files[CONFIG], files[WEIGHTS])
     own = _own_contents(files, vetted)
     ignored = others if own is not None else sorted([*others, *(files.keys() - {CONFIG, WEIGHTS})])
-    told: dict[str, Any] = {"kind": kind, "from": path.resolve().name, "ignored": ignored[:_IGNORED], **(source or {})}
+    place = _printable(path.resolve().name)
+    told: dict[str, Any] = {"kind": kind, "from": place, "ignored": ignored[:_IGNORED], **(source or {})}
     if own is not None:
-        return Incoming(vetted, Card.from_bytes(own[CARD]), {**told, "time": utc_now(), "base": dict(base or {})}, own)
+        received = {**told, "time": utc_now(), "base": dict(base or {})}
+        check_received(received)
+        return Incoming(vetted, Card.from_bytes(own[CARD]), received, own)
     spec = parse_adapter_config(files[CONFIG])
     named: dict[str, Any] = {"name": spec.base_model, "revision": spec.revision, "fingerprint": {}}
     digests = {name: sha256(files[name]) for name in (CONFIG, WEIGHTS)}
@@ -76,8 +73,9 @@ def read_incoming(
 def _from_folder(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     present = sorted(entry.name for entry in folder.iterdir())
     config = read_regular(folder / CONFIG, LIMITS[CONFIG])
-    parse_adapter_config(config)  # another library's folder is explained before its weights are missed
+    spec = parse_adapter_config(config)  # another library's folder is explained before its weights are missed
     _check_weights(folder, present)
+    inventory(spec, read_header(folder / WEIGHTS))  # so that what cannot be an adapter is not read, however large
     files = {CONFIG: config, WEIGHTS: read_regular(folder / WEIGHTS, LIMITS[WEIGHTS])}
     if {CARD, MANIFEST} <= set(present):
         files |= {name: read_regular(folder / name, LIMITS[name]) for name in (CARD, MANIFEST)}

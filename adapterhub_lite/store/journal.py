@@ -8,11 +8,12 @@ from typing import Any
 
 from ..errors import AdapterHubError, FormatError, NotFound
 from ..formats.files import read_regular
-from ..formats.strict_json import parse_object
+from ..formats.strict_json import dump, parse_object
 from .aliases import Move
 from .catalog import Catalog, card_of
 from .layout import Layout
 from .listing import summary
+from .manifest import sha256
 from .reading import load_manifest
 from .received import trusted_view
 
@@ -76,7 +77,9 @@ def _made(layout: Layout, name: str, version: int) -> Event:
     try:
         manifest = load_manifest(layout, name, version)
         card = trusted_view(card_of(layout, name, version, manifest), manifest.received)
-    except (AdapterHubError, NotFound) as error:
+    except AdapterHubError as error:
+        if layout.tombstone(name, version).exists():  # removed meanwhile
+            return _gone(layout, name, version)
         return Event("", "made", version, problem=str(error))
     kind = "made" if manifest.received is None else "received"
     time = str((manifest.received or {}).get("time") or card.created)
@@ -87,8 +90,11 @@ def _gone(layout: Layout, name: str, version: int) -> Event:
     try:
         data = read_regular(layout.tombstone(name, version), _TOMBSTONE_LIMIT)
         told = parse_object(data, "the tombstone", limit=_TOMBSTONE_LIMIT)
-    except (FormatError, NotFound):
-        return Event("", "removed", version)  # it counts by its name alone
+        seal = told.pop("seal", None)  # format 1 had none
+        if set(told) != {"digest", "removed", "version"} or seal not in (None, sha256(dump(told))):
+            raise FormatError("the tombstone does not match its seal.")
+    except (FormatError, NotFound) as error:  # it counts by its name alone
+        return Event("", "removed", version, problem=f"{name}@{version} was removed; {error.message}")
     return Event(str(told.get("removed", "")), "removed", version, digest=str(told.get("digest", "")))
 
 

@@ -15,6 +15,7 @@ All of it lies on one file system, so that everything is published by renaming.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..names import check_alias, check_digest, check_name, check_version
@@ -34,27 +35,27 @@ class Layout:
 
     root: Path
 
-    @property
+    @cached_property
     def store_file(self) -> Path:
         """Says which format the store has."""
         return self.root / "store.json"
 
-    @property
+    @cached_property
     def adapters(self) -> Path:
         """Versions and tombstones."""
         return self.root / "adapters"
 
-    @property
+    @cached_property
     def all_aliases(self) -> Path:
         """Aliases of every name."""
         return self.root / "aliases"
 
-    @property
+    @cached_property
     def objects(self) -> Path:
         """Contents by digest."""
         return self.root / "objects"
 
-    @property
+    @cached_property
     def tmp(self) -> Path:
         """Unpublished work, on the same file system as the rest."""
         return self.root / "tmp"
@@ -65,11 +66,11 @@ class Layout:
 
     def version(self, name: str, version: int) -> Path:
         """The folder of one version."""
-        return self.versions(name) / str(check_version(version))
+        return self.adapters.joinpath(check_name(name), str(check_version(version)))
 
     def tombstone(self, name: str, version: int) -> Path:
         """Exists when the version was removed."""
-        return self.versions(name) / f"{check_version(version)}{TOMBSTONE}"
+        return self.adapters.joinpath(check_name(name), f"{check_version(version)}{TOMBSTONE}")
 
     def aliases(self, name: str) -> Path:
         """The folder of the aliases of a name."""

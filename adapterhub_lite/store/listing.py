@@ -45,11 +45,12 @@ def entries(layout: Layout, catalog: Catalog, open_index: Callable[[], Index]) -
     many = len(names) > INDEXED or sum(len(catalog.versions(name)) for name in names) > INDEXED
     index = open_index() if many else None
     known = index.read() if index else {}
+    folder = f"{layout.adapters}{os.sep}"
     found: list[Entry] = []
     fresh: dict[str, tuple[str, list[Any]]] = {}
     for name in names:
         # Taken before the folder is read: a change in between is then seen next time.
-        mark = mark_of(layout.versions(name)) if index else None
+        mark = mark_of(folder + name) if index else None
         kept = known.get(name)
         if kept is not None and mark is not None and kept[0] == repr(mark):
             facts = kept[1]
@@ -74,7 +75,8 @@ def _read(layout: Layout, catalog: Catalog, name: str, kept: Iterable[Any]) -> l
             manifest = load_manifest(layout, name, version)
             card = trusted_view(card_of(layout, name, version, manifest), manifest.received)
         except AdapterHubError as error:
-            facts.append([version, "", "", {}, str(error)])
+            if not layout.tombstone(name, version).exists():  # removed meanwhile
+                facts.append([version, "", "", {}, str(error)])
         else:
             facts.append([version, manifest.digest, card.created, summary(card), ""])
     return facts
@@ -82,14 +84,15 @@ def _read(layout: Layout, catalog: Catalog, name: str, kept: Iterable[Any]) -> l
 
 def _entries(catalog: Catalog, name: str, facts: Iterable[Any], has_aliases: bool) -> list[Entry]:
     pointing: dict[int, list[str]] = {}
+    trouble = ""
     if has_aliases:
         try:
             for alias, version in catalog.aliases(name).items():
                 pointing.setdefault(version, []).append(alias)
-        except StoreCorrupt:
-            pointing = {}  # reported by verify; a listing goes on without
+        except StoreCorrupt as error:
+            pointing, trouble = {}, str(error)  # none of them is known to have no alias
     return [
-        Entry(name, version, digest, created, tuple(pointing.get(version, ())), told, problem)
+        Entry(name, version, digest, created, tuple(pointing.get(version, ())), told, problem or trouble)
         for version, digest, created, told, problem in facts
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from .layout import TOMBSTONE, Layout
@@ -20,11 +21,17 @@ class Numbers:
         """The highest number ever used; 0 where there is none."""
         return max(self.present[-1] if self.present else 0, self.removed[-1] if self.removed else 0)
 
+    def has(self, version: int) -> bool:
+        """Whether a version exists."""
+        place = bisect_left(self.present, version)
+        return place < len(self.present) and self.present[place] == version
+
 
 def numbers(layout: Layout, name: str) -> Numbers:
-    """What the folder of `name` holds; nothing where it is absent."""
+    """What the folder of `name` holds; nothing where it is absent or a link."""
+    folder = layout.versions(name)
     try:
-        entries = os.listdir(layout.versions(name))
+        entries = [] if os.path.islink(folder) else os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return Numbers((), ())
     folders = {int(entry) for entry in entries if is_number(entry)}

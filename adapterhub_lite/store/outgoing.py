@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def export(fs: FileSystem, layout: Layout, name: str, version: int, target: Path
         StoreError: the target is a link, inside the store, or there already (an empty folder may be).
         StoreCorrupt: the version is damaged.
     """
+    _check_path(target)
     # The parent is resolved, the last part is not: a link there must be seen, not followed.
     target = target.resolve() if target.name == ".." else target.absolute().parent.resolve() / target.name
     single = target.name.endswith(ARCHIVE)
@@ -60,6 +62,15 @@ def _write_archive(fs: FileSystem, staged: Path, folder: str, files: Mapping[str
     from ..formats.archive import tar_bytes
 
     write_chunks(fs, staged, tar_bytes({f"{folder}/{file}": data for file, data in files.items()}), MUTABLE)
+
+
+def _check_path(target: Path) -> None:
+    try:
+        sound = b"\0" not in os.fsencode(target)
+    except UnicodeEncodeError:
+        sound = False
+    if not sound:
+        raise StoreError(f"{ascii(str(target))[:200]} is not a path.", "Name a file or folder that does not exist yet.")
 
 
 def _check_target(layout: Layout, target: Path, single: bool) -> None:

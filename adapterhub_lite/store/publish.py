@@ -19,7 +19,7 @@ from ..formats.strict_json import dump
 from .blobs import drop_unused, place
 from .fs import FileSystem, discard, ensure_folder, new_tmp, replace_file, write_file
 from .layout import CONFIG, MANIFEST, WEIGHTS, Layout
-from .manifest import FileFact, Manifest
+from .manifest import FileFact, Manifest, sha256
 from .migrate import ensure_store
 from .numbers import numbers, taken
 from .reading import load_manifest
@@ -60,7 +60,7 @@ def publish(
                 place(fs, layout, data, manifest.files[file].sha256, staged / file)
             else:
                 write_file(fs, staged / file, data)
-        write_file(fs, staged / MANIFEST, manifest.to_bytes())
+        write_file(fs, staged / MANIFEST, manifest.to_store())
         fs.fsync_dir(staged)
         return _claim(fs, layout, name, staged, after), manifest
     except BaseException:
@@ -120,19 +120,24 @@ def _claim(fs: FileSystem, layout: Layout, name: str, staged: Path, after: int) 
             if error.errno not in _TAKEN:
                 raise
             continue
-        # A version that was published and removed since we looked leaves the number free but its tombstone in place.
-        if not layout.tombstone(name, version).exists():
-            _settle(fs, layout, name, version, staged)
+        if _settle(fs, layout, name, version, staged):
             return version
-        fs.rename(target, staged)
     raise StoreError(f"No free version number for {name} after {_ATTEMPTS} attempts.", "Try again.")
 
 
-def _settle(fs: FileSystem, layout: Layout, name: str, version: int, staged: Path) -> None:
-    """Make a published name durable, or take it back: what was not acknowledged should not stay."""
+def _settle(fs: FileSystem, layout: Layout, name: str, version: int, staged: Path) -> bool:
+    """Make a published name durable, or take it back: what was not acknowledged should not stay.
+
+    False if the number was used: a version that was published and removed since we looked leaves it free but its
+    tombstone in place.
+    """
     target = layout.version(name, version)
     try:
+        if layout.tombstone(name, version).exists():
+            fs.rename(target, staged)
+            return False
         fs.fsync_dir(target.parent)
+        return True
     except OSError:
         with suppress(OSError):
             fs.rename(target, staged)
@@ -142,5 +147,6 @@ def _settle(fs: FileSystem, layout: Layout, name: str, version: int, staged: Pat
 
 
 def _bury(fs: FileSystem, layout: Layout, name: str, version: int, digest: str) -> None:
-    tombstone = dump({"digest": digest, "removed": utc_now(), "version": version})
+    told = {"digest": digest, "removed": utc_now(), "version": version}
+    tombstone = dump({**told, "seal": sha256(dump(told))})
     replace_file(fs, layout.tmp, layout.tombstone(name, version), tombstone)

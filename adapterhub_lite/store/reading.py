@@ -7,12 +7,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FormatError, NotFound, StoreCorrupt
+from ..errors import FormatError, NotFound, StoreCorrupt, StoreError
 from ..formats.card import Card
 from ..formats.files import open_regular, read_regular
 from ..names import Ref
 from .layout import CARD, CONFIG, MANIFEST, WEIGHTS, Layout
-from .manifest import MAX_BYTES, FileFact, Manifest
+from .links import is_folder
+from .manifest import LIMITS, MAX_BYTES, FileFact, Manifest
 from .received import trusted_view
 
 _REPAIR = "Restore it from a copy of the store, or remove the version and import or train it again."
@@ -26,12 +27,16 @@ def load_manifest(layout: Layout, name: str, version: int) -> Manifest:
         StoreCorrupt: its manifest is missing or damaged.
     """
     folder = layout.version(name, version)
-    if not folder.is_dir():
+    if not is_folder(folder):
+        if folder.is_symlink():
+            raise corrupt(name, version, "its folder is a symbolic link.")
         raise NotFound(f"There is no {name}@{version}.", "See what there is with: ahl list")
     try:
         return Manifest.from_bytes(read_regular(folder / MANIFEST, MAX_BYTES))
     except (NotFound, FormatError) as error:
-        raise corrupt(name, version, error.message) from None
+        raise _lost(layout, name, version, error.message) from None
+    except OSError as error:
+        raise _unreadable(name, version, MANIFEST, error) from error
 
 
 def read_file(layout: Layout, name: str, version: int, file: str, manifest: Manifest | None = None) -> bytes:
@@ -45,7 +50,7 @@ def check_files(layout: Layout, name: str, version: int, manifest: Manifest) -> 
     for file, fact in manifest.files.items():
         problem = file_problem(layout.version(name, version) / file, fact)
         if problem:
-            raise corrupt(name, version, f"{file} {problem}.")
+            raise _lost(layout, name, version, f"{file} {problem}.")
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,11 @@ def check_identity(name: str, version: int, manifest: Manifest, ref: Ref) -> Non
 
 def _checked(layout: Layout, name: str, version: int, file: str, fact: FileFact) -> bytes:
     try:
-        data = read_regular(layout.version(name, version) / file, fact.size)
-    except NotFound as error:
-        if layout.tombstone(name, version).exists():
-            raise NotFound(f"{name}@{version} was removed.", "See what there is with: ahl list") from None
-        raise corrupt(name, version, error.message) from None
-    except FormatError as error:
-        raise corrupt(name, version, error.message) from None
+        data = read_regular(layout.version(name, version) / file, min(fact.size, LIMITS[file]))
+    except (NotFound, FormatError) as error:
+        raise _lost(layout, name, version, error.message) from None
+    except OSError as error:
+        raise _unreadable(name, version, file, error) from error
     if len(data) != fact.size:
         raise corrupt(name, version, f"{file} has {len(data)} bytes instead of {fact.size}.")
     if FileFact.of(data) != fact:
@@ -110,7 +113,25 @@ def file_problem(path: Path, fact: FileFact) -> str:
         return "is missing"
     except FormatError as error:
         return f"cannot be trusted: {error.message}"
+    except OSError as error:
+        return f"cannot be read: {reason(error)}"
     return "" if digest == fact.sha256 else f"does not match its digest {fact.sha256[:12]}"
+
+
+def _lost(layout: Layout, name: str, version: int, what: str) -> NotFound | StoreCorrupt:
+    """The error for a version that is not whole: its folder is cleared away after its tombstone is there."""
+    if layout.tombstone(name, version).exists():
+        return NotFound(f"{name}@{version} was removed.", "See what there is with: ahl list")
+    return corrupt(name, version, what)
+
+
+def reason(error: OSError) -> str:
+    """What the system says went wrong."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def _unreadable(name: str, version: int, file: str, error: OSError) -> StoreError:
+    return StoreError(f"{file} of {name}@{version} could not be read: {reason(error)}.", "Nothing was changed.")
 
 
 def corrupt(name: str, version: int, what: str) -> StoreCorrupt:

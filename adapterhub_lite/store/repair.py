@@ -14,6 +14,7 @@ from .catalog import Catalog
 from .fs import FileSystem, replace_file
 from .layout import Layout
 from .manifest import FileFact
+from .migrate import ensure_store
 from .reading import file_problem, load_manifest
 
 
@@ -39,6 +40,8 @@ def repair(fs: FileSystem, layout: Layout, catalog: Catalog) -> list[Healed]:
             damaged.append((where, path, fact))
         else:
             sound.setdefault(fact.sha256, path)
+    if damaged:
+        ensure_store(fs, layout)  # for tmp/, which a copy of a store may lack
     healed = []
     for where, path, fact in damaged:
         source = sound.get(fact.sha256) or _object(layout, fact)

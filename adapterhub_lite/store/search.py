@@ -28,7 +28,9 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
 }
 _UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "k": 1e3, "m": 1e6, "b": 1.0}
-_NUMBER = re.compile(r"(-?[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)(%|[kmg]?b|[km])?", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:e[+-]?[0-9]+)?)(%|[kmg]?b|[km])?", re.ASCII | re.IGNORECASE
+)
 _DATE = re.compile(r"\d{4}-\d\d(-\d\d)?(T[0-9:.]*Z?)?", re.ASCII)
 
 _Test = Callable[[Entry], bool]
@@ -102,6 +104,8 @@ def search(entries: Iterable[Entry], query: str) -> list[Entry]:
 
 def _term(word: str) -> _Test:
     if word.startswith("-") and len(word) > 1 and not word[1].isdigit():
+        if word[1] == "-":
+            raise FormatError(f"{ascii(word)[:40]} is turned round twice.", "One - before a term is enough.")
         test = _term(word[1:])
         return lambda entry: not test(entry)
     comparison = _COMPARISON.fullmatch(word)
@@ -143,7 +147,8 @@ def _compare(key: str, sign: str, text: str) -> _Test:
 def _number(key: str, text: str) -> float:
     match = _NUMBER.fullmatch(text)
     if match is None:
-        hint = f"Write for example {key}>0.8." if key not in FIELDS else f"Write {key}:{text}"
+        printable = text if text.isprintable() else "TEXT"
+        hint = f"Write for example {key}>0.8." if key not in FIELDS else f"Write {key}:{printable}"
         raise FormatError(f"{ascii(text)[:40]} is not a number to compare {key} with.", hint)
     unit = (match[2] or "").lower()
     return float(match[1]) / 100 if unit == "%" else float(match[1]) * _UNITS[unit]

@@ -15,7 +15,7 @@ from .aliases import Move
 from .fs import FileSystem, storing
 from .layout import CARD, CONFIG, WEIGHTS
 from .manifest import Manifest
-from .reader import Names, StoreReader, version_of
+from .reader import Names, StoreReader, told, version_of
 
 if TYPE_CHECKING:  # imported by the methods that need them
     from .gc import Leftover
@@ -65,7 +65,9 @@ class Store(StoreReader):
         check_name(name)
         if set(files) != {CONFIG, WEIGHTS}:
             raise FormatError(f"An adapter is {CONFIG} and {WEIGHTS}, got {', '.join(sorted(files)) or 'nothing'}.")
-        vetted = vet(_bytes(files[CONFIG], LIMITS[CONFIG]), _bytes(files[WEIGHTS], LIMITS[WEIGHTS]))
+        with storing(f"read the files of {name}", self.path):
+            config, weights = (_bytes(files[file], LIMITS[file]) for file in (CONFIG, WEIGHTS))
+        vetted = vet(config, weights)
         described = replace(card, adapter={**card.adapter, **vetted.facts}).to_bytes()
         return self._publish(name, {CONFIG: vetted.config, WEIGHTS: vetted.weights, CARD: described})
 
@@ -90,7 +92,8 @@ class Store(StoreReader):
         from .incoming import read_incoming
 
         check_name(name)
-        found = read_incoming(path, base_card, source)
+        with storing(f"read {path}", Path(path)):
+            found = read_incoming(path, base_card, source)
         if found.contents is not None:
             return self._twin(name, found.contents) or self._publish(name, found.contents, found.received)
         return self.put(name, {CONFIG: found.vetted.config, WEIGHTS: found.vetted.weights}, found.card)
@@ -128,6 +131,7 @@ class Store(StoreReader):
 
         Raises:
             NotFound: it names nothing, or named nothing else that still exists.
+            StoreError: somebody else has moved it meanwhile.
         """
         from .journal import before
 
@@ -139,7 +143,9 @@ class Store(StoreReader):
                 f"{name}:{alias} named no other version that still exists before {name}@{current.version}.",
                 f"See its history with: ahl log {name}",
             )
-        return self.alias(name, alias, version, event="rollback", reason={"from": current.version})
+        # What lies before depends on the history: a move of somebody else meanwhile is not undone unseen.
+        told = {"from": current.version}
+        return self.alias(name, alias, version, event="rollback", reason=told, expected=history[-1])
 
     def unalias(self, name: str, alias: str) -> None:
         """Take an alias away; its history stays. Raises NotFound if it points nowhere."""
@@ -192,11 +198,11 @@ class Store(StoreReader):
         from . import gc, publish
 
         age = publish.STALE_SECONDS if older_than is None else older_than
-        if self._catalog.format() is None:
-            return []
-        if dry_run:
-            return gc.leftovers(self._layout, self._catalog, age)
         with storing("remove leftovers", self.path):
+            if self._catalog.format() is None:
+                return []
+            if dry_run:
+                return gc.leftovers(self._layout, self._catalog, age)
             return gc.collect(self._fs, self._layout, self._catalog, age)
 
     def repair(self) -> list[Healed]:
@@ -226,6 +232,7 @@ class Store(StoreReader):
         aliases.append(self._fs, self._layout, name, alias, move, after)
         self._catalog.forget(name)
 
+    @told
     def _twin(self, name: str, contents: Mapping[str, bytes]) -> Ref | None:
         """The version of `name` that has exactly these files."""
         from .manifest import FileFact

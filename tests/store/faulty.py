@@ -29,14 +29,14 @@ class Crash(BaseException):
 
 class Failing(Unsynced):
     """Fails the `at`-th operation (from 1). After a Crash every operation fails, as for a dead process; after an
-    OSError, with `lasting`, every operation of the same kind does, as on a full disk. `taking_back`: a failure must
-    leave no change.
+    OSError, with `lasting`, every operation of the same kind does, as on a full disk. `torn`: half of what was to be
+    written is; `late`: all of it is done before it fails, as over a network.
     """
 
     def __init__(
-        self, at: int, error: BaseException, lasting: bool = False, torn: bool = False, taking_back: bool = False
+        self, at: int, error: BaseException, lasting: bool = False, torn: bool = False, late: bool = False
     ) -> None:
-        self.at, self.error, self.lasting, self.torn, self.taking_back = at, error, lasting, torn, taking_back
+        self.at, self.error, self.lasting, self.torn, self.late = at, error, lasting, torn, late
         self.count = 0
         self.kind = ""
 
@@ -51,6 +51,8 @@ class Failing(Unsynced):
                 self.kind = name
                 if self.torn and name == "write":
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                elif self.late and name != "close":
+                    call(*arguments)
                 self._fail(name, call, arguments)
             if self.count > self.at and (isinstance(self.error, Crash) or (self.lasting and name == self.kind)):
                 self._fail(name, call, arguments)
@@ -78,7 +80,7 @@ class Recording(Unsynced):
         return fd
 
     def write(self, fd: int, data: memoryview) -> int:
-        count = super().write(fd, data[:500])  # short writes for all but the smallest files
+        count = super().write(fd, data[: max(500, len(data) // 2)])  # short writes for all but the smallest files
         self.log.append(("write", self._open[fd], bytes(data[:count])))
         return count
 

@@ -1,18 +1,21 @@
 """Every disk that a power cut may leave behind, from a recorded list of operations.
 
-The model is harsher than any real file system: bytes that were not synced are gone, half there or all there; names that
-were not synced are each there or not, in any combination. What was synced is there.
+The model is harsher than any real file system: bytes that were not synced are gone, half there, there as zeros or all
+there; names that were not synced are each there or not, in any combination. What was synced is there.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Tree = dict[str, Any]  # a name, and bytes or a Tree
+_Edits = tuple[tuple[str, Any], ...]
+SHARES = (0.0, 0.5, 1.0, None)  # of unsynced bytes that are there; None: all of them, as zeros
 
 
 @dataclass(eq=False)
@@ -49,13 +52,16 @@ class Disk:
     def apply(self, operation: tuple[Any, ...]) -> None:
         getattr(self, "_" + operation[0])(*operation[1:])
 
-    def states(self) -> Iterator[Tree]:
-        """The trees that may be found after losing power now."""
+    def states(self, most: int = 4096) -> Iterator[Tree]:
+        """The trees that may be found after losing power now, for at most so many choices of names, evenly taken."""
         folders = [folder for folder in _folders(self.top) if folder.pending]
         choices = [_subsets(folder.pending) for folder in folders]
-        for kept in itertools.islice(itertools.product(*choices), 4096):
+        total = math.prod(map(len, choices))
+        count = min(total, most)
+        for number in sorted({index * (total - 1) // max(1, count - 1) for index in range(count)}):
+            kept = _chosen(choices, number)
             chosen = {id(folder): edits for folder, edits in zip(folders, kept, strict=True)}
-            for share in (0.0, 0.5, 1.0):
+            for share in SHARES:
                 yield _surviving(self.top, chosen, share)
 
     def _at(self, path: Path) -> Any:
@@ -124,12 +130,21 @@ def _folders(folder: Folder) -> Iterator[Folder]:
             yield from _folders(node)
 
 
-def _subsets(edits: list[tuple[str, Any]]) -> list[tuple[tuple[str, Any], ...]]:
+def _subsets(edits: list[tuple[str, Any]]) -> list[_Edits]:
     sizes = range(len(edits) + 1) if len(edits) <= 5 else (0, 1, len(edits) - 1, len(edits))
     return [subset for size in sizes for subset in itertools.combinations(edits, size)]
 
 
-def _surviving(folder: Folder, chosen: dict[int, Any], share: float) -> Tree:
+def _chosen(choices: list[list[_Edits]], number: int) -> list[_Edits]:
+    """The `number`-th combination, the first choice changing slowest."""
+    found: list[_Edits] = []
+    for choice in reversed(choices):
+        number, index = divmod(number, len(choice))
+        found.insert(0, choice[index])
+    return found
+
+
+def _surviving(folder: Folder, chosen: dict[int, Any], share: float | None) -> Tree:
     nodes = dict(folder.durable)
     for name, node in chosen.get(id(folder), ()):
         if node is None:
@@ -143,6 +158,8 @@ def _surviving(folder: Folder, chosen: dict[int, Any], share: float) -> Tree:
     }
 
 
-def _bytes(file: File, share: float) -> bytes:
+def _bytes(file: File, share: float | None) -> bytes:
     lost = len(file.live) - len(file.durable)
+    if share is None:
+        return file.durable + bytes(lost)
     return file.live[: len(file.durable) + int(lost * share)]

@@ -1,131 +1,82 @@
-"""Every operation of the store, stopped at each of its system calls, by death and by errors."""
+"""Every operation of the store, stopped at each of its disk operations, by death and by errors.
+
+Here the calls are those of the store's own `FileSystem`; `tests/stress/test_system_calls.py` does it to real ones.
+"""
 
 from __future__ import annotations
 
 import errno
-import shutil
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from adapterhub_lite.errors import StoreError, StoreFull
-from adapterhub_lite.formats.card import Card
+from adapterhub_lite.errors import AdapterHubError, StoreError, StoreFull
 from adapterhub_lite.store import Store
 from adapterhub_lite.store.fs import FileSystem
-from tests.checks import assert_store_sound
 from tests.formats.build import lora_files
 from tests.store.faulty import Crash, Failing, Unsynced
+from tests.stress.acts import ACTS, CARD, Scene, failed, populated, scratch
+from tests.stress.tally import LONG, Row, row
 
-CARD = Card(created="2026-01-31T12:00:00Z")
-Act = Callable[[Store], object]
+CHANGING = [name for name in ACTS if name not in ("read", "verify")]
+FAULTS: dict[str, Callable[[int], Failing]] = {
+    "death": lambda at: Failing(at, Crash()),
+    "death in a write": lambda at: Failing(at, Crash(), torn=True),
+    "ENOSPC": lambda at: Failing(at, OSError(errno.ENOSPC, "injected")),
+    "EIO": lambda at: Failing(at, OSError(errno.EIO, "injected")),
+    "EINTR": lambda at: Failing(at, InterruptedError(errno.EINTR, "injected")),
+    "a disk that stays full": lambda at: Failing(at, OSError(errno.ENOSPC, "injected"), lasting=True, torn=True),
+    "EIO of what was done": lambda at: Failing(at, OSError(errno.EIO, "injected"), late=True),
+}
+EVERY = {fault: 1 if LONG else 7 if fault.startswith("death") else 11 for fault in FAULTS}
 
 
-def view(path: Path) -> dict[str, object]:
-    """Everything a reader can see."""
-    store = Store(path)
-    entries = {f"{entry.name}@{entry.version}": (entry.digest, entry.aliases) for entry in store.list()}
-    for ref in entries:
-        store.verified_folder(ref)
-    return dict(entries)
+@pytest.fixture(scope="module")
+def scene() -> Iterator[Callable[[str], Scene]]:
+    with scratch() as place:
+        yield cache(lambda name: Scene(place / name, name))
+
+
+def sweep(scene: Scene, fault: str, found: Row) -> None:
+    """Run an operation with a fault at its disk operations, until one is not reached any more."""
+    act, every, before = scene.act, EVERY[fault], scene.states
+    for at in itertools.count(1 + len(scene.name + fault) % min(every, 6), every):
+        world, fs = scene.world(), FAULTS[fault](at)
+        try:
+            act.run(Store(world / "store", fs=fs))
+        except Crash:
+            wrong = scene.problems(world)
+            found.kills += 1
+        except (AdapterHubError, OSError) as error:
+            untold = fs.late or fs.lasting
+            cleaning = untold or fs.kind in ("unlink", "rmdir")
+            wrong = [one for one in (failed(error), *([] if cleaning else scene.left(world))) if one]
+            wrong += scene.problems(world, [0] if act.takes_back and not untold else None)
+            found.faults += 1
+        else:
+            wrong = scene.done(world)
+            found.faults += fs.count >= at
+        found.violations += [f"{scene.name}, {fault} at operation {at} ({fs.kind}): {one}" for one in wrong]
+        if fs.count < at:
+            break
+    found.states = scene.states - before
+    assert found.kills + found.faults > (4 if LONG else 0)
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_old_or_new_whole_and_the_next_call_works(scene: Callable[[str], Scene], name: str, fault: str) -> None:
+    with row("file system", name) as found:
+        sweep(scene(name), fault, found)
 
 
 def prepared(path: Path) -> Path:
-    store = Store(path, fs=Unsynced())
-    for seed in (0, 1):
-        store.put("sql", lora_files(seed), CARD)
-    store.alias("sql", "prod", 1)
+    populated(path.parent / "world")
+    (path.parent / "world" / "store").rename(path)
     return path
-
-
-def outside(store: Store) -> Path:
-    return store.path.parent / "out"
-
-
-ACTS: dict[str, Act] = {
-    "put": lambda store: store.put("sql", lora_files(2), CARD),
-    "put equal": lambda store: store.put("sql", lora_files(0), CARD),
-    "alias": lambda store: store.alias("sql", "prod", 2),
-    "new alias": lambda store: store.alias("sql", "test", 2),
-    "unalias": lambda store: store.unalias("sql", "prod"),
-    "remove": lambda store: store.remove("sql@2"),
-    "export": lambda store: store.export("sql@1", outside(store)),
-}
-
-
-def sweep(tmp_path: Path, act: Act, fault: Callable[[int], Failing], start: bool = True) -> int:
-    """Run `act` failing at operation 1, 2, ... until it succeeds; return how many faults there were."""
-    seed = tmp_path / "seed"
-    if start:
-        prepared(seed)
-    before = view(seed)
-    done = tmp_path / "done" / "store"
-    done.parent.mkdir()
-    if start:
-        shutil.copytree(seed, done)
-    act(Store(done, fs=Unsynced()))
-    after = view(done)
-    for at in range(1, 500):
-        path = tmp_path / f"at{at}" / "store"
-        path.parent.mkdir()
-        if start:
-            shutil.copytree(seed, path)
-        fs = fault(at)
-        try:
-            act(Store(path, fs=fs))
-        except (Crash, StoreError) as error:
-            check_fault(path, fs, error, before, after)
-        else:
-            assert view(path) == after
-            if fs.count < at:
-                return at - 1
-        assert_store_sound(path)
-        act_again(path, act)
-        shutil.rmtree(path.parent)
-    raise AssertionError("never completed")
-
-
-def check_fault(path: Path, fs: Failing, error: BaseException, before: object, after: object) -> None:
-    assert view(path) in (before, after), f"operation {fs.at} ({fs.kind}) left a mixture"
-    out = path.parent / "out"
-    assert not out.exists() or len(list(out.iterdir())) == 4
-    if isinstance(error, StoreError) and fs.taking_back:
-        assert view(path) == before, f"operation {fs.at} ({fs.kind}) failed, yet published"
-    if isinstance(error, StoreFull):
-        assert "bytes are needed" in str(error)
-        assert not list((path / "tmp").glob("*")) or fs.lasting
-
-
-def act_again(path: Path, act: Act) -> None:
-    """Whatever was left over, the store goes on working."""
-    store = Store(path, fs=Unsynced())
-    store.put("sql", lora_files(3), CARD)
-    shutil.rmtree(outside(store), ignore_errors=True)
-    assert_store_sound(path)
-
-
-@pytest.mark.parametrize("name", ACTS)
-@pytest.mark.parametrize("torn", [False, True])
-def test_death_at_every_operation(tmp_path: Path, name: str, torn: bool) -> None:
-    assert sweep(tmp_path, ACTS[name], lambda at: Failing(at, Crash(), torn=torn)) > 5
-
-
-def test_death_while_the_store_is_made(tmp_path: Path) -> None:
-    assert sweep(tmp_path, ACTS["put"], lambda at: Failing(at, Crash()), start=False) > 20
-
-
-@pytest.mark.parametrize("name", ACTS)
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_errors_at_every_operation(tmp_path: Path, name: str, code: int) -> None:
-    def fault(at: int) -> Failing:
-        return Failing(at, OSError(code, "injected"), taking_back=name.startswith("put"))
-
-    assert sweep(tmp_path, ACTS[name], fault) > 5
-
-
-@pytest.mark.parametrize("name", ["put", "alias", "export"])
-def test_a_disk_that_stays_full(tmp_path: Path, name: str) -> None:
-    sweep(tmp_path, ACTS[name], lambda at: Failing(at, OSError(errno.ENOSPC, "injected"), lasting=True))
 
 
 def test_full_disk_says_how_much(tmp_path: Path) -> None:
@@ -149,5 +100,25 @@ def test_a_failed_fsync_is_never_repeated(tmp_path: Path) -> None:
 
     fs = Lost()
     with pytest.raises(StoreError, match="Input/output error"):
-        Store(prepared(tmp_path / "store"), fs=fs).put("sql", lora_files(2), CARD)
+        Store(prepared(tmp_path / "store"), fs=fs).put("sql", lora_files(3), CARD)
     assert fs.calls == 1
+
+
+def test_one_byte_at_a_time(tmp_path: Path) -> None:
+    class Slow(Unsynced):
+        def write(self, fd: int, data: memoryview) -> int:
+            return super().write(fd, data[:1])
+
+    ref = Store(tmp_path / "store", fs=Slow()).put("sql", lora_files(), CARD)
+    assert Store(tmp_path / "other", fs=Unsynced()).put("sql", lora_files(), CARD) == ref
+
+
+def test_a_file_system_without_links(tmp_path: Path) -> None:
+    class Linkless(Unsynced):
+        def link(self, source: Path, target: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+    store = Store(tmp_path / "store", fs=Linkless())
+    digests = {store.put("sql", lora_files(), CARD).digest for _ in range(2)}
+    assert len(digests) == 1
+    assert store.verify() == []

@@ -281,8 +281,7 @@ def test_push_then_pull_gives_the_same_version(hub: FakeHub, tmp_path: Path) -> 
     assert told["url"] == f"{hub.endpoint}/me/sql/tree/{told['commit']}"
     assert set(repo.files) == OURS | {README, ".gitattributes"}
     assert repo.messages == [f"sql@1 ({ref.digest[:12]})"], "one commit"
-    folder = Store(tmp_path / "one" / "store").verified_folder(ref)
-    assert all(repo.files[name] == (folder / name).read_bytes() for name in OURS)
+    assert {name: repo.files[name] for name in OURS} == files_of(Store(tmp_path / "one" / "store"))
     done = python("-c", PULLS, json.dumps([("me/sql", None)]), env=hub.environment(tmp_path / "two"))
     found = json.loads(done.stdout)["me/sql@None"]
     assert found["digest"] == ref.digest
@@ -460,7 +459,8 @@ def test_names_are_checked_before_the_switch(tmp_path: Path) -> None:
 
 
 def files_of(store: Store, ref: str = "sql@1") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.verified_folder(ref).iterdir()}
+    files = {path.name: path.read_bytes() for path in store.verified_folder(ref).iterdir()}
+    return {**files, "manifest.json": store.manifest(ref).original.to_bytes()}
 
 
 def test_where_paths_are_found(tmp_path: Path) -> None:
