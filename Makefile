@@ -1,10 +1,11 @@
-# make demo | test | check | bench | setup. Each sets up .venv by itself; nothing is installed outside it.
+# make demo | test | stress | fuzz | check | bench | setup. Each sets up .venv by itself; nothing is installed outside it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+SECONDS ?= 60
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test stress fuzz check bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +25,17 @@ test: setup
 	$(BIN)/ahl base pull smollm2-135m-instruct
 	$(BIN)/ahl base pull minilm-l6
 	$(BIN)/python -m pytest
+
+# Every crash point, fault, power cut, flipped byte and interleaving of the store, of which `make test` tries a sample.
+# What needs strace, a C compiler or a mount is skipped where there is none, with the reason.
+stress: setup
+	$(BIN)/python -m tests.stress -rs
+
+# Each parser for SECONDS, one after the other: with atheris, which follows coverage, where it can be installed.
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]' \
+		|| echo "Without atheris: mutations of valid inputs alone."
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 # mypy does not follow the mapping of cli/ to adapterhub_lite.cli, so it is given the tree as it is installed.
 check: setup

@@ -14,7 +14,7 @@ from ..formats.safetensors_header import read_header
 from ..names import Ref, check_digest
 from .catalog import Catalog, card_of, named
 from .layout import CONFIG, MANIFEST, WEIGHTS, Layout
-from .links import links, object_files
+from .links import STRANGE, object_files, strange
 from .manifest import FILES, FileFact
 from .numbers import taken
 from .reading import check_files, file_problem, load_manifest, read_file
@@ -44,13 +44,13 @@ def verify(layout: Layout, ref: str | Ref | None = None) -> list[Finding]:
             return []
     except AdapterHubError as error:
         return [Finding(str(ref or "store.json"), str(error))]
-    everything = (_all_links(layout), _all_versions(layout, catalog), _all_aliases(layout, catalog))
+    everything = (_all_strange(layout), _all_versions(layout, catalog), _all_aliases(layout, catalog))
     return [*chain.from_iterable(everything), *_all_objects(layout)]
 
 
-def _all_links(layout: Layout) -> Iterator[Finding]:
-    for path in links(layout):
-        yield Finding(f"{path.parent.name}/{path.name}", "is a symbolic link, which nothing is read through")
+def _all_strange(layout: Layout) -> Iterator[Finding]:
+    for path in strange(layout):
+        yield Finding(f"{path.parent.name}/{path.name}", STRANGE)
 
 
 def _all_versions(layout: Layout, catalog: Catalog) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,7 +132,10 @@ def replace_file(fs: FileSystem, tmp: Path, path: Path, data: bytes, mode: int =
 def ensure_folder(fs: FileSystem, path: Path, top: Path) -> None:
     """Make `path` and its parents below the existing folder `top`, durably.
 
-    Folders that exist are synced too: whoever made them may have died before doing so. A link is no folder.
+    Folders that exist are synced too: whoever made them may have died before doing so.
+
+    Raises:
+        StoreError: there is something else; nothing is written through a link.
     """
     if path == top:
         return
@@ -139,8 +143,9 @@ def ensure_folder(fs: FileSystem, path: Path, top: Path) -> None:
     try:
         fs.mkdir(path)
     except FileExistsError:
-        if path.is_symlink():
-            raise StoreError(f"{path} is a symbolic link.", "Remove it: nothing is written through one.") from None
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            message = f"{path} is a symbolic link or a file, where a folder should be."
+            raise StoreError(message, "Look at it, and move it away.") from None
     fs.fsync_dir(path.parent)
 
 

@@ -16,7 +16,7 @@ from ..formats.strict_json import dump, parse_object
 from . import aliases
 from .fs import FileSystem, discard, ensure_folder, replace_file
 from .layout import FORMAT, Layout
-from .links import refuse_links
+from .links import refuse_strange
 
 _LIMIT = 1 << 16
 
@@ -36,9 +36,9 @@ def read_format(layout: Layout) -> int | None:
 
     Raises:
         StoreNewer: a newer version of this package wrote it.
-        StoreCorrupt: store.json is missing beside adapters, or is damaged; a folder of the store is a link.
+        StoreCorrupt: store.json is missing beside adapters, or is damaged; a folder of the store is none.
     """
-    refuse_links(layout)
+    refuse_strange(layout)
     if not layout.store_file.is_file():
         if layout.adapters.is_dir() and any(layout.adapters.iterdir()):
             raise StoreCorrupt(f"{layout.store_file} is missing.", f'Write {{"format": {FORMAT}}} there to go on.')

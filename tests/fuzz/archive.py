@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from random import Random
 
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.formats.archive import is_archive, read_archive
+from tests.formats.archives import (
+    BLOCK,
+    END,
+    FILES,
+    Zipped,
+    checked,
+    file,
+    good,
+    good_zip,
+    head,
+    pax,
+    raw_zip,
+    with_tarfile,
+    with_zipfile,
+    zip_of_a_pipe,
+)
+from tests.fuzz.common import LARGEST, mutate_bytes
+
+SEEDS = (
+    *(with_tarfile({**FILES, "notes/README": b"x"}, form, "lora") for form in (0, 1, 2)),
+    pax({"path": "l/card.json", "uid": "7"}) + file("cut", b"{}") + file("L", b"l/x\0", kind=b"L") + file("y") + END,
+    with_zipfile({**FILES, "notes/README": b"x"}, "lora"),
+    raw_zip(*good_zip(), Zipped(b"x", extra=b"UT\5\0\3abcd"), comment=b"hello"),
+    zip_of_a_pipe(FILES),
+    gzip.compress(good() + END, mtime=0),
+)
+WORDS = (
+    b"/", b"..", b"\0", b"\\", b"ustar  \0", b"ustar\00000", b"\x80", b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\7",
+    b"card.json", b"adapter_config.json", END[:BLOCK], head("card.json", 1), file("a"), pax({"path": "card.json"}),
+    pax({"size": "1"}), file("L", b"card.json", kind=b"L"), head("d/", 0, b"5"),
+)  # fmt: skip
+_UNPACKED = 4 << 20  # bytes that mutations compress again
 
 LIMITS = {"adapter_config.json": 1 << 16, "adapter_model.safetensors": 1 << 20, "card.json": 1 << 16}
 
@@ -19,12 +54,34 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="ahl-fuzz-")
 _FILE = Path(_FOLDER.name) / "archive"
 
 
+def read(data: bytes) -> tuple[dict[str, bytes], list[str]]:
+    """The parser."""
+    _FILE.write_bytes(data)
+    return read_archive(_FILE, LIMITS)
+
+
+def mutate(data: bytes, rng: Random) -> bytes:
+    """Of what is compressed as well, and with the checksums of tar headers right again."""
+    packed = data.startswith(b"\x1f\x8b") and rng.random() < 0.8
+    if packed:
+        try:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_UNPACKED)
+        except (OSError, EOFError, zlib.error):
+            packed = False
+    data = mutate_bytes(data, rng, WORDS)
+    if rng.random() < 0.7:
+        blocks = [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
+        data = b"".join(checked(b) if len(b) == BLOCK and b[257:262] == b"ustar" else b for b in blocks)
+    return gzip.compress(data[:_UNPACKED], 1, mtime=0) if packed else data
+
+
 def fuzz(data: bytes) -> None:
     """Raises AssertionError where `data` breaks a promise of `read_archive`; any other error is a bug as well."""
-    _FILE.write_bytes(data)
+    if len(data) > LARGEST:
+        return
     refused = ""
     try:
-        wanted, ignored = read_archive(_FILE, LIMITS)
+        wanted, ignored = read(data)
     except AdapterHubError as error:
         refused = str(error)
     if refused:

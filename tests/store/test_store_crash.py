@@ -31,7 +31,7 @@ FAULTS: dict[str, Callable[[int], Failing]] = {
     "a disk that stays full": lambda at: Failing(at, OSError(errno.ENOSPC, "injected"), lasting=True, torn=True),
     "EIO of what was done": lambda at: Failing(at, OSError(errno.EIO, "injected"), late=True),
 }
-EVERY = {fault: 1 if LONG else 7 if fault.startswith("death") else 11 for fault in FAULTS}
+EVERY = {fault: 1 if LONG else 9 if fault.startswith("death") else 13 for fault in FAULTS}
 
 
 @pytest.fixture(scope="module")

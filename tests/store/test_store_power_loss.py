@@ -17,8 +17,8 @@ from tests.stress.acts import ACTS, CARD, Scene, scratch
 from tests.stress.tally import LONG, Row, row
 
 CHANGING = [name for name in ACTS if name not in ("read", "verify")]
-MOST = 4096 if LONG else 8  # choices of names at one moment
-EVERY = {"export folder": 7, "export tar": 7, "migrate and put": 3}  # moments of the sample; the last one always
+MOST = 4096 if LONG else 5  # choices of names at one moment
+EVERY = {"export folder": 9, "export tar": 9, "migrate and put": 4}  # moments of the sample; the last one always
 CARELESS = ["put", "alias", "remove", "export tar", "migrate", "repair"]
 
 
