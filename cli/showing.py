@@ -94,8 +94,12 @@ def _adapter(card: Card) -> str:
 
 
 def _effect(card: Card) -> str:
-    moved = card.effect.get("max_logit_change")
-    return f"moves logits by up to {moved:.3g}" if isinstance(moved, int | float) else ""
+    """The certificate: what the adapter does to the base on fixed texts."""
+    moved, loss, bare = (card.effect.get(key) for key in ("max_logit_change", "loss", "base_loss"))
+    parts = [f"moves logits by up to {moved:.3g}"] if isinstance(moved, int | float) else []
+    if isinstance(loss, int | float) and isinstance(bare, int | float):
+        parts.append(f"loss on the probes {loss:.3f} (base {bare:.3f})")
+    return ", ".join(parts)
 
 
 def _data(told: Any) -> str:
