@@ -90,13 +90,14 @@ def enumerate_(store: Store, count: int) -> dict[str, Any]:
 
 
 def _look(store: Store, ref: str) -> list[str]:
+    published = bool(store.versions("sql"))  # before looking: the first version may come at any moment
     try:
         found = store.resolve(ref)
         stored = store.read(found)
         store.verified_folder(found)
         store.manifest(found)
     except NotFound:
-        return [] if ref.startswith("churn") or not store.versions("sql") or ":" in ref else [f"{ref} is not found"]
+        return [] if ref.startswith("churn") or not published or ":" in ref else [f"{ref} is not found"]
     except Exception as error:
         return [f"{ref}: {type(error).__name__}: {error}"]
     mixed = stored.weights != FILES[stored.card.seed or 0][WEIGHTS]
