@@ -60,6 +60,11 @@ def repeated(start: bytes, piece: bytes, end: bytes, size: int = HEADER_LIMIT) -
     return start + piece * ((size - len(start) - len(end)) // len(piece)) + end
 
 
+def nested(depth: int) -> Any:
+    """An object of so many levels."""
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 def numbered(form: str, count: int) -> bytes:
     """A JSON object of `count` entries; %d in `form` is their number."""
     return ("{" + ",".join(form.replace("%d", str(number)) for number in range(count)) + "}").encode()
@@ -130,8 +135,17 @@ def stored_zip(content: Mapping[str, bytes]) -> bytes:
 def export(**told: Any) -> Files:
     """What a store exports, with the fields of its card changed and everything sealed as it should be."""
     spec = parse_adapter_config(lora_config(target_modules=["q_proj"]))
+    return _exported(adapter_config_bytes(spec), told)
+
+
+def export_of(foreign: bytes) -> Files:
+    """What looks like an export, but for its configuration."""
+    return _exported(foreign, {})
+
+
+def _exported(configuration: bytes, told: Mapping[str, Any]) -> Files:
     plain = Card(created="2026-01-31T12:00:00Z", adapter={"type": "lora"}).to_bytes()
-    made = files(config=adapter_config_bytes(spec))
+    made = files(config=configuration)
     made[CARD] = dump({**json.loads(plain), **told}, indent=2)
     return {**made, MANIFEST: Manifest({name: FileFact.of(data) for name, data in made.items()}).to_bytes()}
 

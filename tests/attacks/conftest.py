@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def place(_template: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AHL_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("AHL_DEBUG", raising=False)
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # nothing here is about power cuts
     monkeypatch.chdir(made.inbox)
     return made
 

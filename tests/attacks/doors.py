@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tests.attacks.build import CONFIG, WEIGHTS, files, stored_zip, tar
 from tests.formats.build import lora_files
 from tests.store.faulty import Unsynced
 
-_LARGE = 1 << 16  # bytes; everything beyond is zeros
+NEXT = lora_files(7)
+"""The adapter that is put into a store that was damaged."""
 
 
 @dataclass(frozen=True)
@@ -113,28 +114,19 @@ def make_place(root: Path) -> Place:
 
 
 def copied(place: Place, root: Path) -> Place:
-    """The same again elsewhere: links stay links, also those of names to one file, and holes stay holes."""
+    """The same again elsewhere, in which two names of one file are two names of one file."""
     copies: dict[tuple[int, int], str] = {}
 
     def copy(source: str, target: str) -> None:
         told = os.lstat(source)
         known = copies.setdefault((told.st_dev, told.st_ino), target)
         if known != target:
-            os.link(known, target, follow_symlinks=False)
-        elif stat.S_ISLNK(told.st_mode) or told.st_size < _LARGE:
-            shutil.copy2(source, target, follow_symlinks=False)
+            os.link(known, target)
         else:
-            with open(source, "rb") as file, open(target, "wb") as into:
-                into.write(file.read(_LARGE))
-                into.truncate(told.st_size)
+            shutil.copy2(source, target)
 
-    shutil.copytree(place.root, root, symlinks=True, copy_function=copy, ignore=_fifos)
+    shutil.copytree(place.root, root, symlinks=True, copy_function=copy)
     return Place(root)
-
-
-def _fifos(folder: str, names: list[str]) -> set[str]:
-    """What cannot be copied; the uses of a copy then meet nothing there."""
-    return {name for name in names if stat.S_ISFIFO(os.lstat(os.path.join(folder, name)).st_mode)}
 
 
 # --- ways in -----------------------------------------------------------------------------------------------------
@@ -162,8 +154,9 @@ def of_files(place: Place, made: dict[str, bytes]) -> Iterator[Call]:
     (place.inbox / "foreign.tar").write_bytes(tar(made))
     (place.inbox / "foreign.zip").write_bytes(stored_zip(made))
     yield from _importing(place, folder, "folder")
-    yield from _importing(place, place.inbox / "foreign.tar", "tar")
-    yield Call("API import zip", lambda: place.store.import_(place.inbox / "foreign.zip", "victim-zip"))
+    for kind in ("tar", "zip"):
+        path = place.inbox / f"foreign.{kind}"
+        yield Call(f"API import {kind}", partial(place.store.import_, path, f"victim-{kind}"))
     if {CONFIG, WEIGHTS} == made.keys():
         yield Call("API put", lambda: place.store.put("victim-put", made, Card()))
         paths = {name: folder / name for name in made}
@@ -322,7 +315,7 @@ def uses(place: Place) -> dict[str, Call]:
         "log": lambda store: store.log("sql"),
         "verify": lambda store: store.verify(),
         "export": lambda store: store.export("sql@1", out),
-        "put": lambda store: store.put("sql", lora_files(7), Card()),
+        "put": lambda store: store.put("sql", NEXT, Card()),
         "put again": lambda store: store.put("sql", lora_files(0), Card()),
         "alias": lambda store: store.alias("sql", "prod", 2),
         "rollback": lambda store: store.rollback("sql", "prod"),

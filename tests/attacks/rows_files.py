@@ -144,6 +144,9 @@ CONFIGS = {
         lambda: build.files(config=build.numbered('"%d":0', 90_000).replace(b"{", b'{"peft_type":"LORA",', 1)),
         "90000 problems(.|\n)*and 89950 more$",
     ),
+    "20 levels where nothing is looked at": (
+        config(init_lora_weights="eva", eva_config=build.nested(20)), "nested deeper than 16",
+    ),
     "half a surrogate": (build.files(config=b'{"peft_type":"LORA","revision":"\\ud800"}'), "surrogate"),
     "layer_replication": (config(layer_replication=[[0, 2]]), "layer_replication"),
     "modules_to_save as a path": (config(modules_to_save=["../x"]), "modules_to_save"),
@@ -323,6 +326,7 @@ DIGESTS = {
         build.with_manifest(lambda told: told["files"].update({"../../x": {"sha256": "0" * 64, "size": 1}})), "",
     ),
     "a negative size": (build.with_manifest(lambda told: told["files"][WEIGHTS].update(size=-1)), ""),
+    "a configuration in another form": (build.export_of(lora_config(auto_mapping={"parent_library": "os"})), ""),
     "a seal of its own": (build.with_manifest(lambda told: told.update(seal="0" * 64)), ""),
 }  # fmt: skip
 # Cards that would break every listing of the store that took them in.

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from adapterhub_lite.errors import AdapterHubError, NotFound, StoreCorrupt, Stor
 from adapterhub_lite.formats.strict_json import dump
 from adapterhub_lite.store.manifest import sha256
 from tests.attacks.build import CARD, CONFIG, MANIFEST, WEIGHTS, move, overwrite, sparse
-from tests.attacks.doors import Place
+from tests.attacks.doors import NEXT, Place
 
 Refusals = Mapping[str, tuple[type[AdapterHubError], str]]
 
@@ -30,6 +30,7 @@ class Damage:
             must do their work or be refused by an error of ours.
         found: whether `verify` must find it.
         swapped: sql@1 is another version in good order, which only its digest tells.
+        leads: it may lead out of the store, so everything that can be done with it is tried.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Damage:
     fails: Refusals = field(default_factory=dict)
     found: bool = True
     swapped: bool = False
+    leads: bool = False
 
 
 def _all(uses: str, error: type[AdapterHubError], words: str) -> dict[str, tuple[type[AdapterHubError], str]]:
@@ -256,13 +258,17 @@ def _objects_led_out(place: Place) -> None:
         folder.symlink_to(place.outside)
 
 
-def _all_objects_folders(place: Place) -> None:
-    """Every object that will ever be made has a folder that leads outside."""
-    objects = place.store_path / "objects"
-    shutil.rmtree(objects)
-    objects.mkdir()
-    for number in range(256):
-        (objects / f"{number:02x}").symlink_to(place.outside)
+def _objects_copied_out(place: Place) -> None:
+    """The same contents outside, which somebody may change later."""
+    for folder in (place.store_path / "objects").iterdir():
+        shutil.copytree(folder, place.outside / folder.name)
+        shutil.rmtree(folder)
+        folder.symlink_to(place.outside / folder.name)
+
+
+def _next_object_led_out(place: Place) -> None:
+    """What will be put next has an object folder that leads outside."""
+    (place.store_path / "objects" / sha256(NEXT[WEIGHTS])[:2]).symlink_to(place.outside)
 
 
 def _in_tmp(place: Place) -> None:
@@ -305,7 +311,8 @@ LINKS = [
     Damage("S11 a version is led to another", _led_to_other, _all(_VERSION, StoreCorrupt, _LINK)),
     Damage("S11 a move is led out", partial(_led_out, "aliases/sql/prod@1"), _follow(StoreCorrupt, _LINK)),
     Damage("S11 objects are led to other files", _objects_led_out),
-    Damage("S11 all objects are led to other files", _all_objects_folders),
+    Damage("S11 objects are led to equal contents", _objects_copied_out),
+    Damage("S11 the next object is led to other files", _next_object_led_out),
     Damage("S11 a store of links alone", _empty_but_for_links, _all("put migrate gc list", StoreCorrupt, _LINK)),
     Damage("S11 tmp is led to nothing", _dangling, _all("put alias", StoreCorrupt, _LINK)),
     Damage("S20 links in tmp", _in_tmp, found=False),
@@ -341,4 +348,6 @@ ODD = [
       for name in ("aliases", "tmp", "objects")),
 ]  # fmt: skip
 
-DAMAGES: list[Damage] = [*CONTENTS, *FORMATS, *MANIFESTS, *MOVES, *LINKS, *ODD]
+DAMAGES: list[Damage] = [
+    *CONTENTS, *FORMATS, *MANIFESTS, *MOVES, *(replace(damage, leads=True) for damage in (*LINKS, *ODD)),
+]  # fmt: skip

@@ -21,19 +21,26 @@ from tests.formats.build import lora_files
 
 MEMORY = 20 << 20
 READING = ("resolve", "follow", "read", "folder", "card", "list", "search", "log", "verify", "show")
+SHORT = (*READING, "export", "put again", "alias", "gc", "repair")
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.id for damage in DAMAGES])
 def test_damage(damage: Damage, place: Place, tmp_path: Path) -> None:
-    damage.make(place)
+    read = copied(place, tmp_path / "read")
+    damage.make(read)
     for number, label in enumerate(uses(place)):
-        reads = label.split()[1] in READING
-        here = place if reads else copied(place, tmp_path / f"copy-{number}")
+        use = label.partition(" ")[2]
+        reads = use in READING
+        if not damage.leads and use not in SHORT:
+            continue
+        here = read if reads else copied(place, tmp_path / f"copy-{number}")
+        if not reads:
+            damage.make(here)
         with bounded("iB" in damage.id):
             check_use(damage, label, here, reads)
         if not reads:
             shutil.rmtree(here.root)
-    assert bool(place.store.verify()) == damage.found
+    assert bool(read.store.verify()) == damage.found
 
 
 @contextmanager
@@ -52,12 +59,13 @@ def bounded(wanted: bool) -> Iterator[None]:
 
 def check_use(damage: Damage, label: str, place: Place, reads: bool) -> None:
     """One use: done or refused, by the error that is wanted if one is, and nothing happens elsewhere."""
-    before = tree(place.root)
+    before, shared = tree(place.root), shared_files(place)
     call = uses(place)[label]
     with watching() as watch:
         outcome = perform(call)
     assert watch.strays([place.store_path, place.outbox], []) == [], (damage.id, label)
-    check_places(before, tree(place.root), place, reads, label)
+    check_places(before, tree(place.root), reads, label)
+    assert shared_files(place) <= shared, label
     if outcome.said is not None:
         check_said(damage, call, outcome)
         return
@@ -70,7 +78,15 @@ def check_use(damage: Damage, label: str, place: Place, reads: bool) -> None:
         check_content(outcome, place)
 
 
-def check_places(before: Tree, after: Tree, place: Place, reads: bool, label: str) -> None:
+def shared_files(place: Place) -> set[int]:
+    """Files of versions that have another name outside: who writes there would change the version."""
+    names = [{path.lstat().st_ino for path in folder.rglob("*") if path.is_file()} for folder in (
+        place.store_path / "adapters", place.outside,
+    )]  # fmt: skip
+    return names[0] & names[1]
+
+
+def check_places(before: Tree, after: Tree, reads: bool, label: str) -> None:
     """What only reads changes nothing at all; what writes changes the store and what is exported."""
     allowed = () if reads else ("store", "outbox")
     strange = [path for path in changes(before, after) if path.split("/")[0] not in allowed]

@@ -18,7 +18,8 @@ from adapterhub_lite.store import Store
 from adapterhub_lite.store.fs import FileSystem
 from tests.formats.build import lora_files
 from tests.store.faulty import Crash, Failing, Unsynced
-from tests.stress.acts import ACTS, CARD, Scene, failed, populated, scratch
+from tests.stress.acts import ACTS, CARD, populated
+from tests.stress.scene import Scene, failed, scratch
 from tests.stress.tally import LONG, Row, row
 
 CHANGING = [name for name in ACTS if name not in ("read", "verify")]

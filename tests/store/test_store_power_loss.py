@@ -13,7 +13,8 @@ from adapterhub_lite.store import Store
 from tests.formats.build import lora_files
 from tests.store.faulty import Recording
 from tests.store.power_loss import Disk, Tree, write_tree
-from tests.stress.acts import ACTS, CARD, Scene, scratch
+from tests.stress.acts import ACTS, CARD
+from tests.stress.scene import Scene, scratch
 from tests.stress.tally import LONG, Row, row
 
 CHANGING = [name for name in ACTS if name not in ("read", "verify")]

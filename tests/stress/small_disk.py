@@ -25,7 +25,7 @@ from pathlib import Path
 from adapterhub_lite.errors import StoreFull
 from adapterhub_lite.store import Store
 from tests.stress import careless
-from tests.stress.acts import Scene, failed
+from tests.stress.scene import Scene, failed
 from tests.stress.strace import alone
 from tests.stress.tally import Row
 

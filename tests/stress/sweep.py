@@ -20,7 +20,8 @@ from adapterhub_lite.errors import StoreFull
 from adapterhub_lite.places import cache_root
 from adapterhub_lite.store import Store
 from tests.stress import careless
-from tests.stress.acts import ACTS, Act, Scene, failed
+from tests.stress.acts import ACTS, Act
+from tests.stress.scene import Scene, failed
 from tests.stress.strace import Call, End, Hangs, calls, disturb, watch
 from tests.stress.tally import Row
 

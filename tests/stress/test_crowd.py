@@ -18,7 +18,8 @@ from adapterhub_lite.store.layout import Layout
 from tests.checks import assert_store_sound
 from tests.store.faulty import Unsynced
 from tests.store.first_format import to_first_format
-from tests.stress.acts import populated, scratch
+from tests.stress.acts import populated
+from tests.stress.scene import scratch
 from tests.stress.tally import LONG, row
 
 ROOT = Path(__file__).parents[2]

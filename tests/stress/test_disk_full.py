@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stress.acts import ACTS, scratch
+from tests.stress.acts import ACTS
+from tests.stress.scene import scratch
 from tests.stress.tally import LONG, ROWS, Row
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import pytest
 from adapterhub_lite.store import Store
 from tests.formats.build import lora_files
 from tests.store.faulty import Unsynced
-from tests.stress.acts import CARD, copy, scratch
+from tests.stress.acts import CARD
 from tests.stress.doors import answers, refused, wrong
+from tests.stress.scene import copy, scratch
 from tests.stress.tally import LONG, Row, row
 
 REFS = ("sql@1", "sql:prod", "got@1")
@@ -30,9 +31,8 @@ FILES: Mapping[str, str] = {
     "store.json": "store/store.json",
     "object": "store/objects/*/*",
 }
-EVERY = {"store.json": 1} if LONG else {"store.json": 3, "move": 37, "tombstone": 19}
+EVERY = {"object": 3} if LONG else {"store.json": 3, "move": 37, "tombstone": 19}
 POINTS = 11  # of a file, in the sample
-BITS = (0x01, 0x10, 0x80) if LONG else (0x01,)
 
 
 def world(path: Path) -> None:
@@ -51,8 +51,13 @@ def world(path: Path) -> None:
 
 
 def positions(kind: str, size: int) -> Iterator[int]:
-    every = 1 if LONG else EVERY.get(kind, max(1, size // POINTS))
+    every = EVERY.get(kind, 1 if LONG else max(1, size // POINTS))
     return iter(range(size % every, size, every))
+
+
+def flipped(kind: str, position: int) -> Sequence[int]:
+    """Which bits: one of each byte; of the number of the format any, since 1 is a format too."""
+    return range(3, 256, 1 if LONG else 31) if (kind, position) == ("store.json", 10) else (1 << position % 8,)
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -81,7 +86,7 @@ def flips(place: Path, kind: str, found: Row, monkeypatch: pytest.MonkeyPatch) -
         good = path.read_bytes()
         path.chmod(stat.S_IRUSR | stat.S_IWUSR)
         for position in positions(kind, len(good)):
-            for bits in BITS:
+            for bits in flipped(kind, position):
                 path.write_bytes(good[:position] + bytes([good[position] ^ bits]) + good[position + 1 :])
                 seen = answers(Store(top / "store"), top / "told", REFS)
                 with monkeypatch.context() as patched:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.stress import careless, tally
-from tests.stress.acts import scratch
+from tests.stress.scene import scratch
 from tests.stress.strace import unavailable
 from tests.stress.tally import LONG, Row, row
 from tests.stress.test_disk_full import program, told

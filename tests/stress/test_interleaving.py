@@ -16,7 +16,8 @@ from adapterhub_lite.errors import AdapterHubError, NotFound, StoreError
 from adapterhub_lite.store import Store
 from tests.checks import assert_store_sound
 from tests.store.faulty import OPERATIONS, Unsynced
-from tests.stress.acts import ACTS, copy, populated, scratch, view, with_visitors
+from tests.stress.acts import ACTS, populated, with_visitors
+from tests.stress.scene import copy, scratch, view
 from tests.stress.tally import LONG, Row, row
 
 TOGETHER = ["put", "put equal", "alias", "refuse", "rollback", "unalias", "remove", "gc", "import tar", "alias third"]

@@ -24,7 +24,8 @@ from adapterhub_lite.store import Store, catalog
 from tests.checks import assert_store_sound
 from tests.formats.build import lora_files
 from tests.store.faulty import Crash, Failing, Unsynced
-from tests.stress.acts import CARD, WEIGHTS, scratch
+from tests.stress.acts import CARD, WEIGHTS
+from tests.stress.scene import scratch
 from tests.stress.tally import LONG, Row, row
 
 NAMES, ALIASES, KINDS = ["sql", "topics"], ["prod", "next"], 3

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.stress.acts import ACTS, scratch
+from tests.stress.acts import ACTS
 from tests.stress.commands import COMMANDS
+from tests.stress.scene import scratch
 from tests.stress.strace import unavailable
 from tests.stress.sweep import FAULTS
 from tests.stress.tally import LONG, ROWS, Row
