@@ -126,6 +126,9 @@ def _parse(start: bytes, head: bytes, size: int, what: str, max_tensors: int) ->
 
 def _check_signs(head: bytes, what: str, max_tensors: int) -> None:
     """Refuse a header that has more values than its tensors call for: a megabyte of them parses to fifty."""
+    declared = head.count(b'"data_offsets"')  # a quote inside of a text would have a backslash before it
+    if declared > max_tensors:
+        raise FormatError(f"{what} declares {declared} tensors; the limit is {max_tensors}.")
     braces = head.count(b"{")
     tensors = min(braces, max_tensors)
     if braces > max_tensors + _ALLOWANCE or any(

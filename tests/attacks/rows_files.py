@@ -68,7 +68,7 @@ HEADERS = {
     ),
     "60 000 empty tensors": (
         lambda: header(build.numbered('"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}', 60_000)),
-        f"more tensors than the limit of {MAX_TENSORS}",
+        f"60000 tensors; the limit is {MAX_TENSORS}",
     ),
     "one tensor beyond the limit": (
         lambda: header(build.numbered('"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}', MAX_TENSORS + 1)),

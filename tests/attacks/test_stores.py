@@ -79,11 +79,12 @@ def check_use(damage: Damage, label: str, place: Place, reads: bool) -> None:
 
 
 def shared_files(place: Place) -> set[int]:
-    """Files of versions that have another name outside: who writes there would change the version."""
-    names = [{path.lstat().st_ino for path in folder.rglob("*") if path.is_file()} for folder in (
-        place.store_path / "adapters", place.outside,
-    )]  # fmt: skip
-    return names[0] & names[1]
+    """Files of the store that have another name outside: who writes there would change the store."""
+    inside, outside = (
+        {path.lstat().st_ino for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+        for folder in (place.store_path, place.outside)
+    )
+    return inside & outside
 
 
 def check_places(before: Tree, after: Tree, reads: bool, label: str) -> None:

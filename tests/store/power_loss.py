@@ -151,11 +151,19 @@ def _surviving(folder: Folder, chosen: dict[int, Any], share: float | None) -> T
             nodes.pop(name, None)
         else:
             nodes[name] = node
-    return {
+    tree = {
         name: _surviving(node, chosen, share) if isinstance(node, Folder) else _bytes(node, share)
         for name, node in nodes.items()
         if name != "tmp"
     }
+    unfinished = nodes.get("tmp")  # what nobody may rely on: gone with its folder, cleared out, or all there
+    if isinstance(unfinished, Folder) and share in (0.5, 1.0):
+        tree["tmp"] = _everything(unfinished) if share == 1.0 else {}
+    return tree
+
+
+def _everything(folder: Folder) -> Tree:
+    return {n: _everything(node) if isinstance(node, Folder) else node.live for n, node in folder.live.items()}
 
 
 def _bytes(file: File, share: float | None) -> bytes:

@@ -58,8 +58,12 @@ def with_visitors(world: Path) -> None:
 
 
 def with_leftovers(world: Path) -> None:
-    """And a put and a removal that died, and content that no version holds."""
     populated(world)
+    leave(world)
+
+
+def leave(world: Path) -> None:
+    """Leave a put and a removal that died, and content that no version holds."""
     store = Store(world / "store", fs=Unsynced())
     store.put("sql", lora_files(7), CARD)
     for at, step in ((9, lambda s: s.put("sql", lora_files(5), CARD)), (8, lambda s: s.remove("sql@4"))):

@@ -6,6 +6,7 @@ call is the n-th call of the function.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
@@ -21,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 _LIMIT = 30.0  # seconds; what takes longer hangs
+_SET_TRACER = 0x59616D61  # PR_SET_PTRACER
 _NOTE = 4096  # bytes that a process can tell of how it ended
 _CALL = re.compile(r"^(\w+)\((.*)")
 _CHANGES = re.compile(
@@ -58,9 +60,16 @@ class Hangs(Exception):
 
 @cache
 def unavailable() -> str:
-    """Why strace cannot be used here, or ""."""
+    """Why strace cannot be used here, or ""; tried in a process of its own, as small as those that are watched."""
     if sys.platform != "linux" or not shutil.which("strace"):
         return "strace is not installed (Debian: apt install strace)"
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.stress.strace"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or done.stderr.strip()[-200:]
+
+
+def _tried() -> str:
     try:
         end = watch(lambda: str(os.access("/ahl-marker", os.F_OK)), ["trace=%file"])
     except OSError as error:
@@ -143,6 +152,7 @@ def _note(shared: mmap.mmap) -> str:
 def _child(function: Callable[[], str], shared: mmap.mmap) -> None:
     note = "it did not end"
     try:
+        ctypes.CDLL(None).prctl(_SET_TRACER, ctypes.c_ulong(-1))  # where only ancestors may attach (yama)
         while not shared[0]:
             os.sched_yield()
         note = function()
@@ -152,3 +162,7 @@ def _child(function: Callable[[], str], shared: mmap.mmap) -> None:
         told = note.encode()[: _NOTE - 1]
         shared[1 : 1 + len(told)] = told
         os._exit(0)
+
+
+if __name__ == "__main__":
+    print(_tried())

@@ -16,7 +16,7 @@ from adapterhub_lite.errors import AdapterHubError, NotFound, StoreError
 from adapterhub_lite.store import Store
 from tests.checks import assert_store_sound
 from tests.store.faulty import OPERATIONS, Unsynced
-from tests.stress.acts import ACTS, populated, with_visitors
+from tests.stress.acts import ACTS, leave, populated, with_visitors
 from tests.stress.scene import copy, scratch, view
 from tests.stress.tally import LONG, Row, row
 
@@ -74,6 +74,8 @@ def in_a_row(world: Path, first: str, second: str) -> tuple[Any, str, str]:
 def interleaved(place: Path, first: str, second: str, found: Row) -> None:
     seed = place / "seed"
     with_visitors(seed) if "import tar" in (first, second) else populated(seed)
+    if "gc" in (first, second):
+        leave(seed)
     for name in ("one", "two"):
         copy(seed, place / name)
     (seen, told_first, told_second) = in_a_row(place / "one", first, second)
