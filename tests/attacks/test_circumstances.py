@@ -146,10 +146,10 @@ def _row_of_another(path: Path, place: Place) -> None:
         db.execute("UPDATE names SET facts = ?", ('[[1,"","",{},""]]',))
 
 
-def _locked(path: Path, place: Place) -> None:
+def _locked(path: Path, place: Place) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     db.execute("BEGIN EXCLUSIVE")
-    place.__dict__["held"] = db
+    return db
 
 
 INDEXES = {
@@ -173,7 +173,7 @@ def test_s14_the_index_is_never_the_truth(place: Place, monkeypatch: pytest.Monk
     monkeypatch.setattr(listing, "INDEXED", 0)
     monkeypatch.setattr("adapterhub_lite.store.catalog.SETTLED", 0)  # folders count as settled at once
     assert place.store.list() == expected
-    INDEXES[damage](_index(place), place)
+    held = INDEXES[damage](_index(place), place)
     before = tree(place.outside)
     assert place.store.list() == expected
     assert place.store.search("accuracy>0.1") == expected
@@ -181,6 +181,8 @@ def test_s14_the_index_is_never_the_truth(place: Place, monkeypatch: pytest.Monk
     assert [entry.digest for entry in place.store.list() if entry.name == "new"] == [ref.digest]
     assert changes(before, tree(place.outside)) == []
     assert_store_sound(place.store_path)
+    if isinstance(held, sqlite3.Connection):
+        held.close()
 
 
 # --- S16, S17: modes and roots -----------------------------------------------------------------------------------
