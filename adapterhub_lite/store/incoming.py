@@ -115,10 +115,17 @@ def _own_contents(files: Mapping[str, bytes], vetted: Vetted) -> dict[str, bytes
     try:
         manifest = Manifest.from_bytes(files[MANIFEST])
         contents = {name: files[name] for name in manifest.files}
-        card = Card.from_bytes(contents[CARD])
     except FormatError:
         return None
-    if any(FileFact.of(data) != manifest.files[name] for name, data in contents.items()):
+    for name, data in contents.items():
+        if FileFact.of(data) != manifest.files[name]:
+            raise FormatError(
+                f"{name} is not what its manifest says: the export is damaged or was changed.",
+                f"Copy it again; to store what is there as a new adapter, take {CARD} and {MANIFEST} away first.",
+            )
+    try:
+        card = Card.from_bytes(contents[CARD])
+    except FormatError:
         return None
     wrong = [key for key, value in vetted.facts.items() if key in card.adapter and card.adapter[key] != value]
     return None if wrong else contents

@@ -52,7 +52,7 @@ def log(layout: Layout, catalog: Catalog, name: str) -> list[Event]:
     moves = [event for alias in catalog.alias_names(name) for event in _moves(catalog, name, alias)]
     # Times have seconds only: of one second, a version comes before the alias that names it.
     rank = {"made": 0, "received": 0}
-    return sorted([*made, *gone, *moves], key=lambda event: (event.time, rank.get(event.kind, 1)), reverse=True)
+    return sorted([*made, *gone, *moves], key=lambda event: (event.time, rank.get(event.kind, 1)))[::-1]
 
 
 def before(history: Sequence[Move], existing: Iterable[int]) -> int | None:

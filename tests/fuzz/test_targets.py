@@ -128,7 +128,8 @@ def test_findings_are_kept_and_told(tmp_path: Path) -> None:
 
         @staticmethod
         def fuzz(data: bytes) -> None:
-            raise ZeroDivisionError(data)
+            if data not in Broken.SEEDS:
+                raise ZeroDivisionError(data)
 
     told = engine.with_mutations(Broken, 5, tmp_path, 7)
     assert told["executions"] == 1
