@@ -15,7 +15,7 @@ from .guard import guarded
 def quick(arguments: list[str]) -> int | None:
     """The exit code; None where the arguments are not the plain form, which typer then reads or refuses."""
     command, *rest = arguments
-    read = _read(rest)
+    read = _read(rest, negated=command == "search")
     if read is None:
         return None
     words, options = read
@@ -39,8 +39,11 @@ def quick(arguments: list[str]) -> int | None:
     return guarded(function, **options)
 
 
-def _read(arguments: list[str]) -> tuple[list[str], dict[str, Any]] | None:
-    """Words, and the options --json and --store DIR; None if there is anything else."""
+def _read(arguments: list[str], negated: bool) -> tuple[list[str], dict[str, Any]] | None:
+    """Words, and the options --json and --store DIR; None if there is anything else.
+
+    With `negated` a word may begin with one dash: `-alias:prod` of a search is a term, not an option.
+    """
     words: list[str] = []
     options: dict[str, Any] = {"store": None, "as_json": False}
     rest = iter(arguments)
@@ -52,7 +55,7 @@ def _read(arguments: list[str]) -> tuple[list[str], dict[str, Any]] | None:
             if folder is None or folder.startswith("-"):
                 return None
             options["store"] = Path(folder)
-        elif argument.startswith("-"):
+        elif argument.startswith("-") and not (negated and len(argument) > 2 and argument[1] != "-"):
             return None
         else:
             words.append(argument)

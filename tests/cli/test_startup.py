@@ -41,7 +41,7 @@ def _imported(*arguments: str) -> tuple[int, set[str], str]:
         ["list"],
         ["show", "parrot"],
         ["log", "parrot"],
-        ["search", "moods", "llama"],
+        ["search", "moods", "-alias:x"],
     ],
 )
 def test_answered_without_typer_or_anything_heavy(arguments: list[str], shop: Shop) -> None:
