@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapterhub_lite.errors import NotFound
 from adapterhub_lite.formats.card import Card
-from adapterhub_lite.store import Store
+from adapterhub_lite.store import Store, reading
 from adapterhub_lite.store.fs import FileSystem
 from tests.checks import assert_store_sound
 from tests.formats.build import lora_files
@@ -102,3 +104,49 @@ def test_old_leftovers_are_swept_and_young_ones_kept(tmp_path: Path) -> None:
     store.put("sql", lora_files(), Card())
     assert not old.exists()
     assert young.exists()
+
+
+LOOKS: dict[str, Callable[[Store], object]] = {
+    "read": lambda store: store.read("sql@2"),
+    "verified_folder": lambda store: store.verified_folder("sql@2"),
+    "card": lambda store: store.card("sql@2"),
+    "list": lambda store: [entry.version for entry in store.list() if entry.problem],
+    "log": lambda store: [event.version for event in store.log("sql") if event.problem],
+    "verify": lambda store: store.verify(),
+}
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_version_that_is_removed_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str, moment: int
+) -> None:
+    """It is gone, which is what a reader is told; it is not damaged."""
+    other = Store(tmp_path / "store")
+    for seed in (0, 1):
+        other.put("sql", lora_files(seed), Card())
+    opened = 0
+
+    def opening(real: Callable[..., Any]) -> Callable[..., Any]:
+        def open_it(path: Path, *more: Any) -> Any:
+            nonlocal opened
+            opened += "/2/" in str(path)
+            if opened == moment and 2 in other.versions("sql"):
+                other.remove("sql@2")
+            return real(path, *more)
+
+        return open_it
+
+    reader = Store(other.path)
+    assert reader.resolve("sql@2")
+    for name in ("read_regular", "open_regular"):
+        monkeypatch.setattr(reading, name, opening(getattr(reading, name)))
+    told = ""
+    try:
+        found = LOOKS[look](reader)
+    except NotFound as error:
+        told, found = str(error), []
+    monkeypatch.undo()
+    assert found == [] or look in ("read", "verified_folder", "card")
+    assert told == "" or "sql@2 was removed" in told
+    assert_store_sound(other.path)
