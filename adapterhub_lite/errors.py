@@ -101,6 +101,10 @@ class CapacityError(AdapterHubError, RuntimeError):
     """A declared limit of the runtime is reached; the message gives limit and need."""
 
 
+class BaseDiffers(UserWarning):
+    """An adapter is served on a base that is not exactly the one it was made on, as in another precision."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One wrong field of a recipe: where (`path`, 1-based `line`, 0 if unknown), what, and what to write instead."""

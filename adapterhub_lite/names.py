@@ -26,7 +26,10 @@ def check_name(text: str, what: str = "adapter name") -> str:
         InvalidName: with the rule.
     """
     ok = isinstance(text, str) and _NAME.fullmatch(text) is not None
-    if not ok or ".." in text or text.endswith(".") or text.split(".")[0] in _DEVICES:
+    if ok and text.split(".")[0] in _DEVICES:
+        message = f"{_shown(text)} is not a valid {what}: it is the name of a device on Windows."
+        raise InvalidName(message, f"Use {_RULE}, such as my-{text[:60]}: a store must stay readable there.")
+    if not ok or ".." in text or text.endswith("."):
         raise InvalidName(f"{_shown(text)} is not a valid {what}.", f"Use {_RULE}.")
     return text
 

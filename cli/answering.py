@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .render import printable, say
+from .render import printable, put, say
 
 if TYPE_CHECKING:
     from ..runtime.runtime import Runtime
@@ -69,7 +69,6 @@ def write(pieces: Iterable[str]) -> str:
     shows = sys.stdout.isatty()
     for piece in pieces:
         whole.append(piece)
-        sys.stdout.write(printable(piece, keep_lines=True) if shows else piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        put(printable(piece, keep_lines=True) if shows else piece)
+    put("\n")
     return "".join(whole)

@@ -109,12 +109,22 @@ def _memory() -> Iterator[Fact]:
 
 def _store(store: Store) -> Iterator[Fact]:
     yield _place("store", store.path, _why_this_store(store))
+    checkout = _checkout(store.path)
+    if checkout is not None:
+        hint = "weights would be committed: list the store in .gitignore, or move it and set AHL_HOME"
+        yield Fact("git", f"the store is in the checkout {checkout}", hint, "warning")
     entries = store.list()
     damaged = [entry for entry in entries if entry.problem]
     if damaged:
         yield Fact("adapters", f"{len(damaged)} of {len(entries)} are damaged", "see `ahl verify`", "trouble")
     else:
         yield Fact("adapters", str(len(entries)))
+
+
+def _checkout(folder: Path) -> Path | None:
+    """The git checkout that a folder is in; its .git is a file in a worktree."""
+    real = folder.resolve()
+    return next((parent for parent in (real, *real.parents) if os.path.lexists(parent / ".git")), None)
 
 
 def _why_this_store(store: Store) -> str:

@@ -8,18 +8,19 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from .render import Column, age, printable, seconds, table, width
+from .render import Column, age, counted, cut, ellipsis, printable, seconds, shows, table, width
 
 if TYPE_CHECKING:
     from ..adapters.compare import Comparison, Overlap
     from ..workflows.difference import Answers, Change, DataChange, Difference
 
 _SHOWN_ANSWERS = 4
-_LONGEST = 120  # characters of an answer or a prompt, on wide screens too
+_SHORTEST, _LONGEST = 16, 120  # characters of an answer or a prompt, on wide screens too
 _VALUE = 48
 _ONE_COLUMN = 12  # layers; more stand side by side where there is room
 _BAR = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉"
+_WHOLE, _PLAIN_WHOLE = "█", "#"
 _DIGEST = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
 _IN_RECIPE = {"seed": "training.seed", "task.max_length": "training.max_length"}
 
@@ -47,7 +48,7 @@ def _heads(found: Difference) -> list[str]:
         (letter, side.ref, side.type, side.digest[:12], age(side.created))
         for letter, side in (("a", found.a), ("b", found.b))
     ]
-    return table(columns, rows)[1:]
+    return table(columns, rows)
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:
@@ -103,13 +104,13 @@ def _cut_alike(texts: Sequence[str], limit: int) -> list[str]:
 
 
 def _cut(text: str, start: int, limit: int) -> str:
-    rest = f"…{text[start + 1 :]}" if start and len(text) > start else text[start:]
-    return rest if len(rest) <= limit else f"{rest[: limit - 1]}…"
+    mark = ellipsis()
+    return cut(f"{mark}{text[start + len(mark) :]}" if start and len(text) > start else text[start:], limit)
 
 
 def _data(found: Difference) -> list[str]:
     if all(split.same for split in found.data):
-        told = ", ".join(f"{split.split} {(split.a or {}).get('rows')} rows" for split in found.data)
+        told = ", ".join(f"{split.split} {counted((split.a or {}).get('rows'), 'rows')}" for split in found.data)
         return [printable(f"data: the same ({told})" if told else "data: none recorded")]
     rows = [(split.split, "the same" if split.same else "other rows", *_sources(split)) for split in found.data]
     return _section("data", table([Column("SPLIT"), Column(""), *_sides(found)], rows, _room()))
@@ -117,7 +118,7 @@ def _data(found: Difference) -> list[str]:
 
 def _sources(split: DataChange) -> list[str]:
     return [
-        f"{told['rows']} rows, {str(told['sha256'])[:12]}, {told['source']}" if told else "-"
+        f"{counted(told['rows'], 'rows')}, {str(told['sha256'])[:12]}, {told['source']}" if told else "-"
         for told in (split.a, split.b)
     ]
 
@@ -151,8 +152,12 @@ def _weights(found: Difference, modules: bool) -> list[str]:
         return ["weights: the same"]
     weights = found.weights
     shown = weights.modules if modules else [one for one in weights.layers if one.part in ("delta", "prefix")]
-    columns = [Column("MODULE" if modules else "LAYER"), *_sides(found, True), Column("COSINE")]
-    lines = table(columns, [_overlap(one) for one in (*shown, *weights.whole)], _room())
+    name = Column("MODULE" if modules else "LAYER")
+    columns = [name, *_sides(found, True), Column("COSINE"), Column("", picture=True)]
+    rows = [_overlap(one) for one in (*shown, *weights.whole)]
+    lines = table(columns, rows, _room())
+    if len(lines) > 1 + len(rows):  # too narrow for a line a row
+        return _section("weights", [*lines, *_alone(found, weights)])
     head, body, whole = lines[0], lines[1 : 1 + len(shown)], lines[1 + len(shown) :]
     return _section("weights", [*_side_by_side(head, body), *whole, *_alone(found, weights)])
 
@@ -160,16 +165,20 @@ def _weights(found: Difference, modules: bool) -> list[str]:
 def _overlap(one: Overlap) -> list[str]:
     name = one.name if one.part in ("delta", "prefix") else f"{one.name} {one.part}"
     norms = ["-" if norm is None else f"{norm:.3g}" for norm in (one.norm_a, one.norm_b)]
-    return [name, *norms, "-" if one.cosine is None else f"{one.cosine:+.3f} {_bar(one.cosine)}"]
+    return [name, *norms, *(("-", "") if one.cosine is None else (f"{one.cosine:+.3f}", _bar(one.cosine)))]
 
 
 def _bar(cosine: float) -> str:
+    if not shows(_WHOLE + _EIGHTHS):
+        return _PLAIN_WHOLE * round(abs(cosine) * _BAR)
     whole, eighths = divmod(round(abs(cosine) * _BAR * 8), 8)
-    return ("█" * whole + _EIGHTHS[eighths]).rstrip()
+    return (_WHOLE * whole + _EIGHTHS[eighths]).rstrip()
 
 
 def _side_by_side(head: str, body: list[str]) -> list[str]:
     """Many short lines in up to three columns, read downwards, each under its own head."""
+    if not body:
+        return [head]
     longest = max(map(len, (head, *body)))
     fitting = (_room() + 3) // (longest + 3) if _room() < 1000 else 1  # without a screen there is one column
     columns = max(1, min(3, fitting, -(-len(body) // _ONE_COLUMN)))
@@ -186,7 +195,7 @@ def _alone(found: Difference, weights: Comparison) -> list[str]:
         if only:
             named = ", ".join(f"{one.name} {one.part}" if one.part != "delta" else one.name for one in only[:3])
             more = f" and {len(only) - 3} more" if len(only) > 3 else ""
-            lines.append(_cut(printable(f"only in {name}: {named}{more}"), 0, _room()))
+            lines.append(printable(f"only in {name}: {named}{more}"))
     return lines
 
 
@@ -198,17 +207,18 @@ def _answers(found: Difference, answers: Answers) -> list[str]:
     if answers.note:
         return [printable(f"answers {kind}: {answers.split} not compared: {answers.note}")]
     if not answers.changed:
-        return [printable(f"answers {kind}: the same to all {answers.compared} rows of {answers.split}")]
-    limit = min(_room() - 12, _LONGEST)
+        every = "all " if answers.compared != 1 else ""
+        return [printable(f"answers {kind}: the same to {every}{counted(answers.compared, 'rows')} of {answers.split}")]
+    limit = max(min(_room() - 12, _LONGEST), _SHORTEST)
     lines = []
     for one in answers.changed[:_SHOWN_ANSWERS]:
         lines.append(f"row {one.row}" + (f": {_cut(printable(one.prompt), 0, limit)}" if one.prompt else ""))
         names = [found.a.ref, found.b.ref] + (["expected"] if one.reference is not None else [])
-        texts = _cut_alike([one.a, one.b, one.reference or ""], max(limit, 16))
+        texts = _cut_alike([one.a, one.b, one.reference or ""], limit)
         size = max(map(len, names))
         lines += [f"  {name:<{size}}  {text}".rstrip() for name, text in zip(names, texts, strict=False)]
     left = len(answers.changed) - _SHOWN_ANSWERS
     if left > 0:
         lines.append(f"and {left} more; --json shows all")
-    count = f"{len(answers.changed)} of {answers.compared} rows of {answers.split} differ"
+    count = f"{len(answers.changed)} of {counted(answers.compared, 'rows')} of {answers.split} differ"
     return _section(printable(f"answers {kind}: {count}"), lines)

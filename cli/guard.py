@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import AdapterHubError, RecipeError
+from .render import Unwritten, emit, printable
 
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 
@@ -31,12 +33,17 @@ def guarded(function: Callable[..., Any], **arguments: Any) -> int:
 
     With `as_json` among the arguments the error is printed as JSON too. AHL_DEBUG=1 adds the trace.
     """
-    as_json = bool(arguments.get("as_json"))
+    try:
+        return _call(function, arguments, bool(arguments.get("as_json")))
+    except (BrokenPipeError, Unwritten) as error:  # of the result, or of the error as JSON
+        return unwritten(error)
+
+
+def _call(function: Callable[..., Any], arguments: dict[str, Any], as_json: bool) -> int:
     try:
         function(**arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return unread()
+    except (BrokenPipeError, Unwritten):
+        raise
     except KeyboardInterrupt:
         _complain(getattr(function, "interrupted", "interrupted"))
         return INTERRUPTED
@@ -61,15 +68,11 @@ def problem(error: AdapterHubError) -> dict[str, Any]:
 
 
 def _refused(error: AdapterHubError, as_json: bool) -> int:
-    from .render import printable
-
     _complain(f"error: {printable(str(error), keep_lines=True)}")
     return _told(problem(error), error.exit_code, as_json)
 
 
 def _bug(error: Exception, as_json: bool) -> int:
-    from .render import printable
-
     line = printable(f"{type(error).__name__}: {error}")
     _complain(f"bug: {line} ({_place(error)}). Run it again with AHL_DEBUG=1 for the trace, and report that, please.")
     return _told({"type": "Bug", "message": line, "hint": "AHL_DEBUG=1 shows the trace."}, BUG, as_json)
@@ -77,8 +80,6 @@ def _bug(error: Exception, as_json: bool) -> int:
 
 def _told(what: dict[str, Any], code: int, as_json: bool) -> int:
     if as_json:
-        from .render import emit
-
         emit({"error": what})
     return code
 
@@ -91,15 +92,26 @@ def _place(error: BaseException) -> str:
 
 
 def _complain(line: str) -> None:
-    if os.environ.get("AHL_DEBUG") == "1" and sys.exc_info()[0] is not None:
-        import traceback
+    with suppress(OSError):  # nowhere to say it: the exit code does
+        if os.environ.get("AHL_DEBUG") == "1" and sys.exc_info()[0] is not None:
+            import traceback
 
-        traceback.print_exc()
-    print(line, file=sys.stderr)
+            traceback.print_exc()
+        print(line, file=sys.stderr, flush=True)
 
 
-def unread() -> int:
-    """The reader of our output has gone: end without a word, and without a second complaint when Python flushes."""
+def unwritten(error: OSError) -> int:
+    """The exit code where stdout takes nothing more. Said in one line, unless its reader has merely gone."""
+    discard(sys.stdout)
+    if error.errno == errno.EPIPE:
+        return BROKEN_PIPE
+    _complain(f"error: The output could not be written: {error.strerror or error}.")
+    return 1
+
+
+def discard(stream: TextIO) -> None:
+    """Let what is still in a broken stream go nowhere; Python would complain a second time when it ends."""
     with suppress(OSError, ValueError):  # a stream without a file, as in tests
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return BROKEN_PIPE
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

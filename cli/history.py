@@ -66,7 +66,7 @@ def _facts(event: Event) -> list[str]:
     metric = primary_metric(told.get("metrics") or {}, told.get("measured_by") or ())
     base = " ".join(str(part) for part in (base_label(told.get("base")), told.get("quantization")) if part)
     parts = [
-        event.kind if event.kind == "received" else str(told.get("origin") or event.kind),
+        str(told.get("origin") or event.kind),
         str(told.get("type") or ""),
         f"on {base} ({str(told.get('fingerprint') or 'unknown')[:12]})" if base else "",
         f"{metric['name']} {metric['value']:.3f} ({metric['split']})" if metric else "",

@@ -33,9 +33,10 @@ def list_adapters(store: Path | None = None, as_json: bool = False) -> None:
     elif entries:
         say(*table(_COLUMNS, map(_row, entries)))
         damaged = [entry for entry in entries if entry.problem]
-        say(*(f"damaged: {entry.problem}" for entry in damaged))
+        say(*(printable(f"damaged: {entry.problem}") for entry in damaged))
     else:
-        say(f"No adapters yet in {opened.path}.", "Train one with `ahl train sql`; `ahl recipes` lists what there is.")
+        say(printable(f"No adapters yet in {opened.path}."))
+        say("Train one with `ahl train sql`; `ahl recipes` lists what there is.")
 
 
 def search_adapters(query: str, store: Path | None = None, as_json: bool = False) -> None:

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bars
 
 from ..events import Evaluated, Event, Note, Progress, Stage, Step
 from .progress import Smoothed, amount, evaluated_line, note_line, step_facts
-from .render import metrics, printable
+from .render import counted, metrics, printable
 
 _BAR = 20
 _AROUND = _BAR + 6  # spinner, bar and the gaps between
@@ -73,7 +73,9 @@ class LiveReport:
         facts = self._fitting("training", count, [*step_facts(event, loss), *self._evaluated])
         self._update("training", event.step, event.total, facts)
         if event.step == event.total:
-            self._line(f"  trained {event.total} steps: loss {loss:.3f}, {event.tokens_per_second:,.0f} tokens/s")
+            self._line(
+                f"  trained {counted(event.total, 'steps')}: loss {loss:.3f}, {event.tokens_per_second:,.0f} tokens/s"
+            )
 
     def _fitting(self, title: str, first: str, facts: list[str]) -> str:
         """As many facts as the terminal has room for."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..bases.load import Base
     from ..events import Listener
     from ..formats.card import Card
+    from ..names import Ref
     from ..runtime.runtime import Runtime
     from ..store import Store
 
@@ -59,11 +60,18 @@ def open_base(card: Card | None, name: str | None, quantize: str | None, device:
     return load_own_base(card, name=name, quantize=quantize, device=device, on_event=on_event)
 
 
+def checked_card(store: Store, ref: str | Ref) -> Card:
+    """The card of a version whose files are sound: damage is found before a base is loaded for it."""
+    found = store.resolve(ref)
+    store.verified_folder(found)
+    return store.card(found)
+
+
 def open_runtime(
     store: Store, ref: str | None, name: str | None, quantize: str | None, device: str, on_event: Listener
 ) -> Runtime:
     """A runtime on the right base, with `ref` in use. Close it."""
-    card = store.card(ref) if ref is not None else None
+    card = checked_card(store, ref) if ref is not None else None
     base = open_base(card, name, quantize, device, on_event)
     from ..runtime.runtime import Runtime
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..events import Evaluated, Event, Listener, Note, Progress, Stage, Step
-from .render import metrics, printable, remark, seconds, size
+from .render import counted, metrics, printable, remark, seconds, size
 
 _SMOOTHING = 0.9
 _SHARE = 0.1
@@ -62,9 +62,9 @@ def step_facts(step: Step, loss: float) -> list[str]:
 
 def amount(event: Progress) -> str:
     """`3 of 12 rows`, `4.0 MB of 92.9 MB`."""
-    show = size if event.unit == "B" else "{:,}".format
-    unit = "" if event.unit == "B" else f" {event.unit}"
-    return f"{show(event.done)} of {show(event.total)}{unit}" if event.total else f"{show(event.done)}{unit}"
+    if event.unit == "B":
+        return f"{size(event.done)} of {size(event.total)}" if event.total else size(event.done)
+    return f"{event.done:,} of {counted(event.total, event.unit)}" if event.total else counted(event.done, event.unit)
 
 
 def evaluated_line(event: Evaluated) -> str:

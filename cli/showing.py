@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .render import age, emit, fields, metrics, printable, say, seconds, size, sparkline
+from .render import age, counted, emit, fields, metrics, printable, say, seconds, size, sparkline
 
 if TYPE_CHECKING:
     from ..formats.card import Card
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _ORDER = ("name", "base", "quantize", "task", "data", "adapter", "training")
 _PLAIN = re.compile(r"[A-Za-z/][\w./-]*")
+_MADE = ("trained", "combined")  # kinds of origin; of an export of an import the card says when it was made, not how
 _SHAPE = ("rank", "alpha", "tokens", "tensors", "parameters")
 
 
@@ -45,27 +46,48 @@ def show_adapter(ref: str, store: Path | None = None, as_json: bool = False) -> 
 def _headline(name: str, aliases: list[str], card: Card) -> str:
     also = f" ({', '.join(aliases)})" if aliases else ""
     kind = card.adapter.get("type") or "adapter"
-    return printable(f"{name}{also}: {kind}, {card.origin.get('kind') or 'made'} {age(card.created)} ({card.created})")
+    time = _imported(card) or card.created
+    return printable(f"{name}{also}: {kind}, {card.origin.get('kind') or 'made'} {age(time)} ({time})")
 
 
 def _facts(card: Card, digest: str, folder: Path) -> list[tuple[str, object]]:
-    losses = [value for value in card.origin.get("losses") or () if isinstance(value, int | float)]
     return [
         ("base", _base(card)),
         ("task", card.task.get("type")),
         ("adapter", _adapter(card)),
         *((f"{split} metrics", metrics(found)) for split, found in card.metrics.items()),
         ("effect", _effect(card)),
-        ("loss", f"{sparkline(losses)} {losses[0]:.3f} -> {losses[-1]:.3f}, {len(losses)} steps" if losses else ""),
+        ("loss", _losses([value for value in card.origin.get("losses") or () if isinstance(value, int | float)])),
         ("took", seconds(card.duration_seconds) if card.duration_seconds is not None else ""),
         *((f"{split} data", _data(told)) for split, told in card.data.items()),
         ("seed", card.seed),
         ("made from", ", ".join(card.parents)),
         ("came from", _origin(card)),
+        _made(card),
         ("libraries", ", ".join(f"{name} {version}" for name, version in card.libraries.items())),
         ("digest", digest),
         ("path", folder),
     ]
+
+
+def _imported(card: Card) -> str:
+    """When a version came here that another store made; its card's own time is when it was made there."""
+    return str(card.origin.get("time") or "") if card.origin.get("kind") == "imported" else ""
+
+
+def _made(card: Card) -> tuple[str, str]:
+    """When an imported version was made, and how, as its maker says."""
+    if not _imported(card) or "claimed_origin" not in card.origin:
+        return ("made", "")
+    told = card.origin["claimed_origin"]
+    kind = told.get("kind") if isinstance(told, dict) else None
+    return (str(kind) if kind in _MADE else "made", f"{card.created}, by its maker's word")
+
+
+def _losses(losses: list[float]) -> str:
+    if not losses:
+        return ""
+    return f"{sparkline(losses)} {losses[0]:.3f} -> {losses[-1]:.3f}, {counted(len(losses), 'steps')}"
 
 
 def _origin(card: Card) -> str:
@@ -105,7 +127,7 @@ def _effect(card: Card) -> str:
 def _data(told: Any) -> str:
     if not isinstance(told, dict):
         return ""
-    return f"{told.get('source')}, {told.get('rows')} rows, sha256 {str(told.get('sha256'))[:12]}"
+    return f"{told.get('source')}, {counted(told.get('rows'), 'rows')}, sha256 {str(told.get('sha256'))[:12]}"
 
 
 def _recipe_lines(recipe: dict[str, Any] | None) -> list[str]:

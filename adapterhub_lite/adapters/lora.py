@@ -83,7 +83,7 @@ def fit_lora(
     Raises:
         AdapterMismatch: a module that is missing here, misses in the file, or has another shape.
     """
-    problems = _mismatches(spec, parts, modules)
+    problems = mismatches(spec, parts, modules)
     if problems:
         shown = "; ".join(problems[:3])
         raise AdapterMismatch(
@@ -92,9 +92,10 @@ def fit_lora(
     return {name: _fit_site(spec, name, part, modules[name], dense_weight) for name, part in parts.items()}
 
 
-def _mismatches(
+def mismatches(
     spec: LoraSpec, parts: Mapping[str, Mapping[str, torch.Tensor]], modules: Mapping[str, nn.Module]
 ) -> list[str]:
+    """What keeps LoRA parts from fitting these modules, one line a module; only shapes are looked at."""
     problems = [p for name, part in parts.items() if (p := _site_problem(spec, name, part, modules.get(name)))]
     if spec.target_modules:
         expected = [n for n, m in modules.items() if is_linear(m) and any(matches(n, t) for t in spec.target_modules)]

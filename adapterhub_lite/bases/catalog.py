@@ -6,6 +6,7 @@ Takes: nothing. Gives: `CATALOG`. Never: reads a file or the network, so that li
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 Kind = Literal["causal", "encoder"]
@@ -88,3 +89,19 @@ _ENTRIES = (
 
 CATALOG: dict[str, CatalogEntry] = {entry.name: entry for entry in _ENTRIES}
 """Every base known by name."""
+
+
+def recognised(name: str | None) -> str | None:
+    """The catalogue name of a base that `name` names: by that name, by its id on the Hub, or by the folder that our
+    cache or the Hub's has for it, on whichever machine.
+    """
+    if not name:
+        return None
+    parts = PurePath(name).parts
+    for entry in _ENTRIES:
+        ours = ("bases", f"{entry.name}-{entry.wheel.version}")
+        if name in (entry.name, entry.hub_id) or parts[-2:] == ours:
+            return entry.name
+        if parts[-3:-1] == (f"models--{entry.hub_id.replace('/', '--')}", "snapshots"):
+            return entry.name
+    return None

@@ -37,11 +37,43 @@ class BaseSource:
     """The commit of a Hub snapshot, the sha256 of a wheel, None for a folder."""
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, `org/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def expanded(name: str) -> Path:
+    """A path with the user's home in place of `~`; that of a user who does not exist stays as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def cached(name: str, *, cache: Path | None = None) -> Path | None:
     """The complete converted folder of a catalogue base, if it is in our cache."""
     entry = CATALOG.get(name)
     folder = entry and _target(entry, cache)
     return folder if folder and wheel.is_complete(folder) else None
+
+
+def on_disk(name: str) -> Path | None:
+    """The folder of a base that is on this disk already; None for one that would have to be fetched.
+
+    Raises:
+        NotFound, FormatError, UnsafeFile: as `locate`.
+    """
+    folder = _local_folder(name)
+    if folder:
+        check_folder(folder)
+        return folder
+    found = cached(name)
+    if found:
+        return found
+    try:
+        return hub.from_cache(CATALOG[name].hub_id if name in CATALOG else name)[0]
+    except (AdapterHubError, OSError):
+        return None
 
 
 def locate(name: str, *, on_event: Listener = ignore, cache: Path | None = None) -> BaseSource:
@@ -72,11 +104,11 @@ def _local_folder(name: str) -> Path | None:
     """`name` as a folder, when that is what it means."""
     if not name or "\0" in name:
         raise _unknown(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     is_folder = path.is_dir()
     if is_folder and (path / "config.json").is_file():
         return path.absolute()
-    if name in CATALOG or _HUB_ID.fullmatch(name):
+    if name in CATALOG or is_hub_id(name):
         return None
     if is_folder:
         return path.absolute()  # check_folder says what it lacks
@@ -123,6 +155,6 @@ def _target(entry: CatalogEntry, cache: Path | None) -> Path:
 
 
 def _unknown(name: str) -> NotFound:
-    near = get_close_matches(name, CATALOG, n=2, cutoff=0.4)
+    near = get_close_matches(name.lower(), CATALOG, n=2, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(CATALOG)}."
     return NotFound(f"There is no base {ascii(name)[:120]}.", f"{hint} A folder or a Hub id (org/name) works too.")

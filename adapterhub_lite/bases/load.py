@@ -21,10 +21,12 @@ from .allocator import keep_freed_memory
 from .devices import DTYPES, Choice, choose_device, choose_dtype
 from .fetch import BaseSource, locate
 from .fingerprint import Fingerprint, fingerprint, live_digest
+from .heads import HEAD_NAMES
 from .memory import MemoryReport, keep_working_copies, measure
 from .quantization import make_exact_on_cpu, quantization_config
 from .quiet import quiet
-from .views import HEAD_NAMES, View, kind_of, make_view
+from .siblings import sibling_groups
+from .views import View, kind_of, make_view
 
 # Keys of a configuration that can name code or compiled kernels to fetch.
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "use_kernels")
@@ -53,6 +55,8 @@ class Base:
     """Held by whoever drives the model: runtimes on one base, and training, take turns."""
     _in_training: bool = field(default=False, repr=False)
     _views: dict[str, View] = field(default_factory=dict, repr=False)
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What is made of this base once and shared by all that use it, by name."""
 
     @property
     def config(self) -> Any:
@@ -76,6 +80,11 @@ class Base:
             if isinstance(value, int):
                 return value
         return 0
+
+    @cached_property
+    def siblings(self) -> tuple[tuple[nn.Module, ...], ...]:
+        """Groups of linear layers that read one input."""
+        return sibling_groups(self.model)
 
     def view(self, task_type: str | None = None) -> View:
         """The model as PEFT's `task_type` sees it: same modules, that class's module names, outputs and head slot."""
@@ -134,7 +143,7 @@ def load_base(
     source = locate(name, on_event=on_event)
     choices = {"device": choose_device(device)}
     choices["dtype"] = choose_dtype(choices["device"].value, dtype)
-    config = _checked_config(source.folder)
+    config = checked_config(source.folder)
     kind = kind_of(config)
     on_event(Stage(f"loading {source.name} ({quantize if quantize != 'none' else choices['dtype'].value})"))
     if choices["device"].value == "cpu":
@@ -155,7 +164,13 @@ def load_base(
     return base
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
+def checked_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json, if it asks for nothing but a model of transformers.
+
+    Raises:
+        BaseUnavailable: it is no configuration, or asks for code of its own.
+        Unsupported: the checkpoint is quantised already.
+    """
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import AdapterMismatch, Unsupported
-
-# Attribute names of classification heads in transformers' *ForSequenceClassification classes.
-HEAD_NAMES = ("classifier", "score", "classification_head")
+from .heads import HEAD_NAMES as HEAD_NAMES
 
 
 def kind_of(config: Mapping[str, Any]) -> str:

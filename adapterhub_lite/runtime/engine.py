@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ..adapters.fit import Fitted
 from ..bases.load import Base
 from ..errors import NotFound, Unsupported
-from ..events import Listener, Note
+from ..events import Listener
 from ..names import Ref
 from ..store import Store
 from ..tasks.registry import make_task
@@ -16,6 +16,7 @@ from ..tasks.task import Task
 from .admit import Admitted, admit, prove
 from .batch import BatchPlan, Composer
 from .memo import Memo
+from .remark import remark
 from .sites import SiteHooks
 from .slots import Slots
 
@@ -63,7 +64,7 @@ class Engine:
             self.keep(held)
             if admitted.remark and ref.digest not in self._remarked:
                 self._remarked.add(ref.digest)
-                self._on_event(Note(admitted.remark, "warning"))
+                remark(admitted.remark, ref.digest, self.base, self._on_event)
         return held
 
     def _prove(self, admitted: Admitted, digest: str) -> None:

@@ -14,13 +14,15 @@ from .store import Store
 
 if TYPE_CHECKING:
     from .check import Finding
-    from .gc import Leftover
+    from .gc import Leftover, Swept
     from .journal import Event
     from .repair import Healed
 
-__all__ = ["Entry", "Event", "FileFact", "Finding", "Healed", "Leftover", "Manifest", "Move", "Store"]
+__all__ = [
+    "Entry", "Event", "FileFact", "Finding", "Healed", "Leftover", "Manifest", "Move", "Store", "Swept",
+]  # fmt: skip
 
-_LATER = {"Event": "journal", "Finding": "check", "Healed": "repair", "Leftover": "gc"}
+_LATER = {"Event": "journal", "Finding": "check", "Healed": "repair", "Leftover": "gc", "Swept": "gc"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,8 @@ from pathlib import Path
 from ..formats.files import read_regular
 from .fs import NO_LINKS, FileSystem, discard, new_tmp, write_file
 from .layout import Layout
+from .manifest import FileFact
+from .reading import file_problem
 
 
 def place(fs: FileSystem, layout: Layout, data: bytes, digest: str, target: Path) -> None:
@@ -64,6 +66,13 @@ def drop_unused(fs: FileSystem, layout: Layout, digests: list[str]) -> None:
         with suppress(OSError):
             if not os.path.islink(blob.parent) and os.lstat(blob).st_nlink == 1:
                 discard(fs, blob)
+
+
+def drop_damaged(fs: FileSystem, layout: Layout, fact: FileFact) -> None:
+    """Remove the object of a content where it is something else by now."""
+    blob = layout.object(fact.sha256)
+    if os.path.lexists(blob) and not os.path.islink(blob.parent) and file_problem(blob, fact):
+        discard(fs, blob)
 
 
 def _holds(blob: Path, data: bytes) -> bool:

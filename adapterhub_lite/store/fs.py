@@ -82,7 +82,7 @@ class FileSystem:
 
 
 @contextmanager
-def storing(what: str, where: Path, needed: int = 0) -> Iterator[None]:
+def storing(what: str, where: Path, needed: int = 0, hint: str = "Nothing was published.") -> Iterator[None]:
     """Turn an OSError inside into StoreFull (with `needed` bytes) or StoreError; `what` completes "could not ..."."""
     try:
         yield
@@ -94,9 +94,7 @@ def storing(what: str, where: Path, needed: int = 0) -> Iterator[None]:
             message = f"Could not {what}: no space left; about {needed} bytes are needed, {free} are free at {where}."
             raise StoreFull(message, "Free some space and try again; nothing was published.") from error
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(
-            f"Could not {what}: {reason} ({error.filename or where}).", "Nothing was published."
-        ) from error
+        raise StoreError(f"Could not {what}: {reason} ({error.filename or where}).", hint) from error
 
 
 def write_file(fs: FileSystem, path: Path, data: bytes, mode: int = IMMUTABLE) -> None:

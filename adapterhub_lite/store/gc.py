@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InvalidName
+from ..errors import AdapterHubError, InvalidName
 from ..names import check_digest
 from .catalog import Catalog, named
 from .fs import FileSystem, discard
-from .layout import Layout
+from .layout import CONFIG, WEIGHTS, Layout
 from .links import is_folder, object_files
 from .publish import STALE_SECONDS, clear, stale
+from .reading import load_manifest
+
+_COPY = "versions hold this content as copies of their own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +30,27 @@ class Leftover:
     reason: str
 
 
-def leftovers(layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) -> list[Leftover]:
-    """Everything to remove; temporary entries only when nothing touched them for `older_than` seconds."""
-    found = [
-        *((path, "an unfinished operation left it") for path in stale(layout, older_than)),
-        *((layout.version(name, version), "its version was removed") for name, version in _removed(layout, catalog)),
-        *((path, "no version holds this content") for path in _unused(layout)),
-        *((path, "its moves are kept one by one now") for path in _converted(layout)),
-    ]
-    return [Leftover(str(path.relative_to(layout.root)), _size(path), reason) for path, reason in found]
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a collection did, or would do.
+
+    `gone` was removed; `kept` should have been and could not; `younger` temporary entries may be under way. `copied` is
+    how many bytes equal configurations and weights take more than once, where there are no hard links between them.
+    """
+
+    gone: list[Leftover]
+    kept: list[Leftover]
+    younger: int
+    copied: int
 
 
-def collect(fs: FileSystem, layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) -> list[Leftover]:
-    """Remove `leftovers`; returns what is gone."""
+def look(layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) -> Swept:
+    """What `sweep` would do."""
+    return _swept(layout, catalog, leftovers(layout, catalog, older_than), [])
+
+
+def sweep(fs: FileSystem, layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) -> Swept:
+    """Remove `leftovers`."""
     found = leftovers(layout, catalog, older_than)
     for path in stale(layout, older_than):
         discard(fs, path)
@@ -46,7 +58,52 @@ def collect(fs: FileSystem, layout: Layout, catalog: Catalog, older_than: float 
         clear(fs, layout, name, version)
     for path in [*_unused(layout), *_converted(layout)]:
         discard(fs, path)
-    return [one for one in found if not os.path.lexists(layout.root / one.path)]
+    kept = [one for one in found if os.path.lexists(layout.root / one.path)]
+    return _swept(layout, catalog, [one for one in found if one not in kept], kept)
+
+
+def leftovers(layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) -> list[Leftover]:
+    """Everything to remove; temporary entries only when nothing touched them for `older_than` seconds."""
+    unused = list(_unused(layout))
+    held = set(_places(layout, catalog)) if unused else set()
+    found = [
+        *((path, "an unfinished operation left it") for path in stale(layout, older_than)),
+        *((layout.version(name, version), "its version was removed") for name, version in _removed(layout, catalog)),
+        *((path, _COPY if path.name in held else "no version holds this content") for path in unused),
+        *((path, "its moves are kept one by one now") for path in _converted(layout)),
+    ]
+    return [Leftover(str(path.relative_to(layout.root)), _size(path), reason) for path, reason in found]
+
+
+def _swept(layout: Layout, catalog: Catalog, gone: list[Leftover], kept: list[Leftover]) -> Swept:
+    told = {one.path for one in (*gone, *kept)}
+    younger, copied = 0, 0
+    with suppress(OSError, AdapterHubError):  # only told beside what was done
+        entries = os.listdir(layout.tmp) if layout.tmp.is_dir() else []
+        younger = sum(str(Path(layout.tmp.name, entry)) not in told for entry in entries)
+        copied = _copied(layout, catalog)
+    return Swept(gone, kept, younger, copied)
+
+
+def _copied(layout: Layout, catalog: Catalog) -> int:
+    total = 0
+    for paths in _places(layout, catalog).values():
+        with suppress(OSError):
+            stats = [os.lstat(path) for path in paths]
+            total += sum({stat.st_ino: stat.st_size for stat in stats}.values()) - stats[0].st_size
+    return total
+
+
+def _places(layout: Layout, catalog: Catalog) -> dict[str, list[Path]]:
+    """The configurations and weights of every version whose manifest is sound, by digest."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for name in catalog.names():
+        for version in catalog.versions(name):
+            with suppress(AdapterHubError):
+                manifest = load_manifest(layout, name, version)
+                for file in (CONFIG, WEIGHTS):
+                    found[manifest.files[file].sha256].append(layout.version(name, version) / file)
+    return found
 
 
 def _removed(layout: Layout, catalog: Catalog) -> Iterator[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,12 @@ def _from_archive(path: Path) -> tuple[dict[str, bytes], list[str]]:
     from ..formats.archive import is_archive, read_archive
 
     if not path.exists():
-        raise NotFound(
-            f"{path} does not exist.", f"Expected a folder with {CONFIG} and {WEIGHTS}, or an archive of one."
+        what = "leads to nothing" if path.is_symlink() else "does not exist"
+        raise NotFound(f"{path} {what}.", f"Expected a folder with {CONFIG} and {WEIGHTS}, or an archive of one.")
+    if path.is_symlink():
+        raise FormatError(
+            f"{path} is a symbolic link, neither a folder nor an archive.",
+            f"Give what it leads to: {_printable(os.path.realpath(path))}",
         )
     if not is_archive(path):
         raise FormatError(

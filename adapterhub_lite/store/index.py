@@ -17,6 +17,7 @@ from zlib import crc32
 
 from .. import __version__
 
+_FACTS = 2  # one more whenever a summary of a card gets other fields
 _SCHEMA = "CREATE TABLE IF NOT EXISTS names (name TEXT PRIMARY KEY, mark TEXT, facts TEXT, checksum INT) WITHOUT ROWID"
 _T = TypeVar("_T")
 
@@ -25,7 +26,7 @@ class Index:
     """What was read of the names of one store: a mark of the folder, and facts."""
 
     def __init__(self, cache: Path, store: Path) -> None:
-        told = f"{__version__}\n{store}".encode()
+        told = f"{__version__}\n{_FACTS}\n{store}".encode()
         self.path = cache / "index" / f"{hashlib.sha256(told).hexdigest()[:32]}.sqlite"
 
     def read(self) -> dict[str, tuple[str, list[Any]]]:

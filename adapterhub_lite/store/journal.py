@@ -24,7 +24,7 @@ _TOMBSTONE_LIMIT = 1 << 16
 class Event:
     """Something that happened to a name.
 
-    `kind` is made, received, removed, or what a move of an alias was (set, promote, rollback, remove, refuse). `facts`
+    `kind` is made, imported, removed, or what a move of an alias was (set, promote, rollback, remove, refuse). `facts`
     are the summary of a version's card, or the reason of a move. `time` is UTC, a label; `problem` says what could not
     be read.
     """
@@ -51,7 +51,7 @@ def log(layout: Layout, catalog: Catalog, name: str) -> list[Event]:
     gone = [_gone(layout, name, version) for version in removed]
     moves = [event for alias in catalog.alias_names(name) for event in _moves(catalog, name, alias)]
     # Times have seconds only: of one second, a version comes before the alias that names it.
-    rank = {"made": 0, "received": 0}
+    rank = {"made": 0, "imported": 0}
     return sorted([*made, *gone, *moves], key=lambda event: (event.time, rank.get(event.kind, 1)))[::-1]
 
 
@@ -81,7 +81,7 @@ def _made(layout: Layout, name: str, version: int) -> Event:
         if layout.tombstone(name, version).exists():  # removed meanwhile
             return _gone(layout, name, version)
         return Event("", "made", version, problem=str(error))
-    kind = "made" if manifest.received is None else "received"
+    kind = "imported" if card.origin.get("kind") == "imported" else "made"
     time = str((manifest.received or {}).get("time") or card.created)
     return Event(time, kind, version, digest=manifest.digest, facts=summary(card))
 

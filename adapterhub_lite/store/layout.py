@@ -27,6 +27,7 @@ CARD = "card.json"
 MANIFEST = "manifest.json"
 TOMBSTONE = ".removed"
 MOVE = "move.json"
+ROOMS = frozenset({"adapters", "aliases", "objects", "tmp"})
 
 
 @dataclass(frozen=True)

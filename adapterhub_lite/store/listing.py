@@ -111,7 +111,13 @@ def summary(card: Card) -> dict[str, Any]:
         "origin": card.origin.get("kind"),
         "metrics": card.metrics,
         "parents": card.parents,
-        "data": sorted({str(told.get("source")) for told in card.data.values() if told.get("source")}),
+        "data": _of_data(card, "source"),
+        "data_paths": _of_data(card, "path"),
+        "data_digests": _of_data(card, "sha256"),
         "seed": card.seed,
         "seconds": card.duration_seconds,
     }
+
+
+def _of_data(card: Card, key: str) -> list[str]:
+    return sorted({str(told[key]) for told in card.data.values() if told.get(key)})

@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import StoreError
-from .fs import MUTABLE, FileSystem, discard, ensure_folder, new_tmp, write_chunks, write_file
+from .fs import MUTABLE, FileSystem, discard, new_tmp, write_chunks, write_file
 from .layout import CARD, CONFIG, MANIFEST, WEIGHTS, Layout
 from .reading import load_manifest, read_file
 
 ARCHIVE = ".tar"
+_ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 
 def export(fs: FileSystem, layout: Layout, name: str, version: int, target: Path) -> Path:
     """Write a version, whole or not at all: one tar file where `target` ends in .tar, else a folder.
 
     Raises:
-        StoreError: the target is a link, inside the store, or there already (an empty folder may be).
+        StoreError: the target is a link, inside the store, or there already (an empty folder may be); it lies in a
+            folder that is not there, or its name is that of another kind of archive.
         StoreCorrupt: the version is damaged.
     """
     _check_path(target)
@@ -27,8 +29,6 @@ def export(fs: FileSystem, layout: Layout, name: str, version: int, target: Path
     single = target.name.endswith(ARCHIVE)
     _check_target(layout, target, single)
     files = contents(layout, name, version)
-    existing = next(parent for parent in target.parents if parent.is_dir())
-    ensure_folder(fs, target.parent, existing)
     staged = new_tmp(target.parent)
     try:
         if single:
@@ -75,6 +75,9 @@ def _check_path(target: Path) -> None:
 
 def _check_target(layout: Layout, target: Path, single: bool) -> None:
     hint = f"Name a {'file' if single else 'folder'} that does not exist yet."
+    if not single and target.name.lower().endswith(_ARCHIVES):
+        hint = "Name a file that ends in .tar, in small letters, or a folder; `ahl import` reads both."
+        raise StoreError(f"{target.name} would be another kind of archive than is written.", hint)
     if target.is_symlink():
         raise StoreError(f"{target} is a symbolic link.", hint)
     if target.is_relative_to(layout.root.resolve()):
@@ -83,3 +86,7 @@ def _check_target(layout: Layout, target: Path, single: bool) -> None:
         raise StoreError(f"{target} exists.", hint)
     if target.exists() and any(target.iterdir()):
         raise StoreError(f"{target} exists and is not an empty folder.", hint)
+    if not target.parent.is_dir():
+        if target.parent.exists():
+            raise StoreError(f"{target.parent} is a file, where a folder should be.", hint)
+        raise StoreError(f"There is no folder {target.parent}.", "Make the folder first.")

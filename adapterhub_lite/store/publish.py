@@ -24,6 +24,7 @@ from .migrate import ensure_store
 from .numbers import numbers, taken
 from .reading import load_manifest
 
+PROBE = b"Is there room for a file?\n"
 STALE_SECONDS = 24 * 3600.0  # no operation works on one temporary entry for so long
 _ATTEMPTS = 10_000
 _LOOK = 32  # after so many taken numbers, list them
@@ -66,6 +67,17 @@ def publish(
     except BaseException:
         discard(fs, staged)
         raise
+
+
+def try_writing(fs: FileSystem, layout: Layout) -> None:
+    """Write a file and remove it: what permissions say is not what a read-only or full disk does."""
+    probe = new_tmp(layout.tmp)
+    try:
+        write_file(fs, probe, PROBE)
+    except BaseException:
+        discard(fs, probe)
+        raise
+    fs.unlink(probe)
 
 
 def remove(fs: FileSystem, layout: Layout, name: str, version: int, digest: str) -> None:

@@ -8,14 +8,14 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ..errors import AdapterHubError, InvalidName, StoreError
+from ..errors import AdapterHubError, InvalidName, NotFound, StoreError
 from ..formats.card import Card
 from ..names import Ref
 from ..places import cache_root, default_root
 from . import listing, reading
 from .aliases import Move
 from .catalog import Catalog, card_of
-from .layout import CONFIG, Layout
+from .layout import CONFIG, ROOMS, Layout
 from .listing import Entry
 from .manifest import Manifest
 from .received import trusted_view
@@ -31,6 +31,7 @@ Findings = list["Finding"]
 Names = list[str]
 Events = list["Event"]
 Versions = list[int]
+_CHECK = "Check --store and AHL_HOME."
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -63,6 +64,22 @@ class StoreReader:
     def path(self) -> Path:
         """The folder of the store; it may not exist yet."""
         return self._layout.root
+
+    @told
+    def require(self) -> None:
+        """Refuse to go on where no store is, as at a mistyped path; an empty folder is an empty store.
+
+        Raises:
+            NotFound: nothing is there, or a folder of something else.
+            StoreError: a file is there.
+        """
+        if not self.path.exists():
+            raise NotFound(f"There is no store at {self.path}.", "Check --store and AHL_HOME; `ahl train` makes one.")
+        if not self.path.is_dir():
+            raise StoreError(f"{self.path} is a file, where the folder of a store should be.", _CHECK)
+        known = self._layout.store_file.is_file() or self._layout.adapters.is_dir()
+        if not known and not set(os.listdir(self.path)) <= ROOMS:
+            raise NotFound(f"{self.path} is a folder of something else: it has no store.json.", _CHECK)
 
     @told
     def resolve(self, ref: str | Ref) -> Ref:

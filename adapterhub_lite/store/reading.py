@@ -17,6 +17,7 @@ from .manifest import LIMITS, MAX_BYTES, FileFact, Manifest
 from .received import trusted_view
 
 _REPAIR = "Restore it from a copy of the store, or remove the version and import or train it again."
+_HEAL = "`ahl verify --repair` restores it from equal content of the store; importing the same export again does too."
 
 
 def load_manifest(layout: Layout, name: str, version: int) -> Manifest:
@@ -50,7 +51,7 @@ def check_files(layout: Layout, name: str, version: int, manifest: Manifest) -> 
     for file, fact in manifest.files.items():
         problem = file_problem(layout.version(name, version) / file, fact)
         if problem:
-            raise _lost(layout, name, version, f"{file} {problem}.")
+            raise _lost(layout, name, version, f"{file} {problem}.", _HEAL)
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ def _checked(layout: Layout, name: str, version: int, file: str, fact: FileFact)
     try:
         data = read_regular(layout.version(name, version) / file, min(fact.size, LIMITS[file]))
     except (NotFound, FormatError) as error:
-        raise _lost(layout, name, version, error.message) from None
+        raise _lost(layout, name, version, error.message, _HEAL) from None
     except OSError as error:
         raise _unreadable(name, version, file, error) from error
     if len(data) != fact.size:
-        raise corrupt(name, version, f"{file} has {len(data)} bytes instead of {fact.size}.")
+        raise corrupt(name, version, f"{file} has {len(data)} bytes instead of {fact.size}.", _HEAL)
     if FileFact.of(data) != fact:
-        raise corrupt(name, version, f"{file} does not match its digest {fact.sha256[:12]}.")
+        raise corrupt(name, version, f"{file} does not match its digest {fact.sha256[:12]}.", _HEAL)
     return data
 
 
@@ -118,11 +119,11 @@ def file_problem(path: Path, fact: FileFact) -> str:
     return "" if digest == fact.sha256 else f"does not match its digest {fact.sha256[:12]}"
 
 
-def _lost(layout: Layout, name: str, version: int, what: str) -> NotFound | StoreCorrupt:
+def _lost(layout: Layout, name: str, version: int, what: str, hint: str = _REPAIR) -> NotFound | StoreCorrupt:
     """The error for a version that is not whole: its folder is cleared away after its tombstone is there."""
     if layout.tombstone(name, version).exists():
         return NotFound(f"{name}@{version} was removed.", "See what there is with: ahl list")
-    return corrupt(name, version, what)
+    return corrupt(name, version, what, hint)
 
 
 def reason(error: OSError) -> str:
@@ -134,6 +135,6 @@ def _unreadable(name: str, version: int, file: str, error: OSError) -> StoreErro
     return StoreError(f"{file} of {name}@{version} could not be read: {reason(error)}.", "Nothing was changed.")
 
 
-def corrupt(name: str, version: int, what: str) -> StoreCorrupt:
+def corrupt(name: str, version: int, what: str, hint: str = _REPAIR) -> StoreCorrupt:
     """The error for a version that is not what it was when it was published."""
-    return StoreCorrupt(f"{name}@{version} is damaged: {what}", _REPAIR)
+    return StoreCorrupt(f"{name}@{version} is damaged: {what}", hint)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AdapterHubError
 from ..formats.files import read_regular
-from .blobs import share
+from .blobs import drop_damaged, share
 from .catalog import Catalog
 from .fs import FileSystem, replace_file
-from .layout import Layout
+from .layout import CARD, Layout
 from .manifest import FileFact
 from .migrate import ensure_store
-from .reading import file_problem, load_manifest
+from .reading import corrupt, file_problem, load_manifest
+
+IMPORTED = "what was imported"
 
 
 @dataclass(frozen=True, slots=True)
 class Healed:
-    """A file that is whole again: `where` is a reference, `source` the path inside the store it was restored from."""
+    """A file that is whole again: `where` is a reference, `source` the path inside the store it was restored from, or
+    `IMPORTED`.
+    """
 
     where: str
     file: str
@@ -47,12 +51,48 @@ def repair(fs: FileSystem, layout: Layout, catalog: Catalog) -> list[Healed]:
         source = sound.get(fact.sha256) or _object(layout, fact)
         if source is None:
             continue
-        replace_file(fs, layout.tmp, path, read_regular(source, fact.size))
-        if not file_problem(path, fact):
-            with suppress(OSError):  # without it, equal content only takes more space
-                share(fs, layout, path, fact.sha256)
+        if _restore(fs, layout, path, read_regular(source, fact.size), fact):
             healed.append(Healed(where, path.name, str(source.relative_to(layout.root))))
     return healed
+
+
+def heal(
+    fs: FileSystem, layout: Layout, catalog: Catalog, name: str, version: int, contents: Mapping[str, bytes]
+) -> list[Healed]:
+    """Replace each damaged or missing file of a version by what `contents` has for it; returns what was healed.
+
+    `contents` are files of the same digest, such as those of an export of this version. Versions share equal content,
+    and so its damage: others that have it are healed too.
+
+    Raises:
+        NotFound, StoreCorrupt: there is no such version; its manifest is damaged, or a file is not sound even now.
+    """
+    manifest = load_manifest(layout, name, version)
+    folder = layout.version(name, version)
+    good = {fact.sha256: contents[file] for file, fact in manifest.files.items() if file_problem(folder / file, fact)}
+    if not good:
+        return []
+    ensure_store(fs, layout)
+    healed = []
+    # Its own files last: cut short, the next import begins anew.
+    for where, path, fact in sorted(_files(layout, catalog), key=lambda one: one[1].parent == folder):
+        if fact.sha256 in good and file_problem(path, fact):
+            if not _restore(fs, layout, path, good[fact.sha256], fact):
+                raise corrupt(name, version, f"{path.name} is not what was just written.")
+            healed.append(Healed(where, path.name, IMPORTED))
+    return healed
+
+
+def _restore(fs: FileSystem, layout: Layout, path: Path, data: bytes, fact: FileFact) -> bool:
+    """Put `data` in place of a damaged file, at once; whether the file is sound now."""
+    drop_damaged(fs, layout, fact)  # first: cut short, nothing would look at it again
+    replace_file(fs, layout.tmp, path, data)
+    if file_problem(path, fact):
+        return False
+    if path.name != CARD:
+        with suppress(OSError):  # without it, equal content only takes more space
+            share(fs, layout, path, fact.sha256)
+    return True
 
 
 def _files(layout: Layout, catalog: Catalog) -> Iterator[tuple[str, Path, FileFact]]:

@@ -1,6 +1,7 @@
 """Searching the entries of a store: `sql base:smollm2 accuracy>0.8`.
 
 A query is words, `field:text`, and comparisons of numbers, all of which must hold; `-` before a term turns it round.
+Case matters nowhere.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from ..errors import FormatError
 from .listing import Entry
 
 MAX_QUERY = 2000  # characters
-_COMPARISON = re.compile(r"([a-z_][a-z0-9_.]*)(<=|>=|!=|<|>|=)(.+)", re.ASCII)
-_FIELD = re.compile(r"([a-z_]+):(.*)", re.ASCII)
+_COMPARISON = re.compile(r"([a-z_][a-z0-9_.]*)(<=|>=|!=|<|>|=)(.*)", re.ASCII | re.IGNORECASE)
+_LONE = re.compile(r"(<=|>=|!=|<|>|=).*")
+_FIELD = re.compile(r"([a-z_]+):(.*)", re.ASCII | re.IGNORECASE)
 _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -31,7 +34,11 @@ _UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "k": 1e3, "m": 1e6, "b": 1.0
 _NUMBER = re.compile(
     r"(-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:e[+-]?[0-9]+)?)(%|[kmg]?b|[km])?", re.ASCII | re.IGNORECASE
 )
-_DATE = re.compile(r"\d{4}-\d\d(-\d\d)?(T[0-9:.]*Z?)?", re.ASCII)
+_DATE = re.compile(r"\d{4}-\d\d(-\d\d(T\d\d(:\d\d(:\d\dZ?)?)?)?)?", re.ASCII)
+_FIRST = "0000-01-01T00:00:00"  # fills up a date that is not whole
+_TAIL = 2  # folders at the end of a path that `data:` looks at beside as many as it names
+_VERSION = re.compile(r"[^@]*@[0-9]+", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{6,64}", re.ASCII)
 
 _Test = Callable[[Entry], bool]
 
@@ -45,7 +52,7 @@ def _texts(*keys: str) -> Callable[[Entry], list[str]]:
 
 
 FIELDS: Mapping[str, Callable[[Entry], list[str]]] = {
-    "name": lambda entry: [entry.name],
+    "name": lambda entry: [entry.name, f"{entry.name}@{entry.version}"],
     "alias": lambda entry: list(entry.aliases),
     "digest": lambda entry: [entry.digest],
     "base": _texts("base", "fingerprint"),
@@ -59,6 +66,10 @@ FIELDS: Mapping[str, Callable[[Entry], list[str]]] = {
 }
 """What can be written before a colon; the text after it may be any part, in any case."""
 
+_EXAMPLES: Mapping[str, str] = dict.fromkeys(FIELDS, "TEXT") | {
+    "name": "sql", "alias": "prod", "base": "smollm2", "type": "lora", "task": "classify", "quant": "nf4",
+    "origin": "trained", "parent": "sql@1", "data": "train.jsonl",
+}  # fmt: skip
 NUMBERS: Mapping[str, str] = {"rank": "rank", "alpha": "alpha", "parameters": "parameters", "size": "bytes"} | {
     "tokens": "tokens",
     "seed": "seed",
@@ -83,7 +94,8 @@ def parse_query(text: str) -> Query:
     """Read a query.
 
     Raises:
-        FormatError: an open quote, an unknown field or something that is no number, with what can be written.
+        FormatError: an open quote, an unknown field, a field without a text or something that is no number or date,
+            with what can be written.
     """
     if len(text) > MAX_QUERY:
         raise FormatError(f"The query has {len(text)} characters; the limit is {MAX_QUERY}.")
@@ -110,30 +122,79 @@ def _term(word: str) -> _Test:
         return lambda entry: not test(entry)
     comparison = _COMPARISON.fullmatch(word)
     if comparison:
-        return _compare(*comparison.groups())
+        key, sign, text = comparison.groups()
+        return _compare(key.lower(), sign, text)
+    if _LONE.fullmatch(word):
+        raise FormatError(
+            f"{ascii(word)[:40]} compares nothing.", "Write name, sign and number as one word: accuracy>0.8"
+        )
     named = _FIELD.fullmatch(word)
     if named:
-        return _field(*named.groups())
+        return _field(named[1].lower(), named[2])
     wanted = word.casefold()
-    return lambda entry: any(wanted in told.casefold() for read in FIELDS.values() for told in read(entry))
+    return lambda entry: any(_holds(wanted, told) for read in FIELDS.values() for told in read(entry))
+
+
+def _holds(wanted: str, told: str) -> bool:
+    """Whether a text is part of another; name@1 is no part of name@12."""
+    found = told.casefold()
+    return found.endswith(wanted) if _VERSION.fullmatch(wanted) else wanted in found
 
 
 def _field(field: str, text: str) -> _Test:
     if field not in FIELDS:
-        near = difflib.get_close_matches(field, FIELDS, n=1)
-        hint = f"Did you mean {near[0]}:? " if near else ""
-        raise FormatError(f"There is no field {field}:.", f"{hint}Fields: {', '.join(FIELDS)}.")
+        raise _no_field(field, text)
+    if not text:
+        raise FormatError(f"{field}: says nothing to look for.", f"Write for example {field}:{_EXAMPLES[field]}")
     read, wanted = FIELDS[field], text.casefold()
-    return lambda entry: any(wanted in told.casefold() for told in read(entry))
+    if field == "data":
+        return lambda entry: any(_holds(wanted, told) for told in read(entry)) or _is_data(entry, wanted)
+    return lambda entry: any(_holds(wanted, told) for told in read(entry))
+
+
+def _no_field(field: str, text: str) -> FormatError:
+    shown = text if text.isprintable() else "TEXT"
+    if field in (*NUMBERS, "version", "created"):
+        also = f"; one version of a name is NAME@{shown}" if field == "version" else ""
+        return FormatError(f"There is no field {field}:, it is compared.", f"Write {field}={shown}{also}.")
+    near = difflib.get_close_matches(field, FIELDS, n=1)
+    hint = f"Did you mean {near[0]}:? " if near else ""
+    return FormatError(f"There is no field {field}:.", f"{hint}Fields: {', '.join(FIELDS)}.")
+
+
+def _is_data(entry: Entry, wanted: str) -> bool:
+    """Whether data of an entry lie at the end of such a path, or have such a digest."""
+    if _DIGEST.fullmatch(wanted) and any(told.startswith(wanted) for told in _texts("data_digests")(entry)):
+        return True
+    parts = [part for part in wanted.split("/") if part]
+    return bool(parts) and any(
+        _in_order(parts, told.casefold().replace("\\", "/").split("/")[-_TAIL - len(parts) :])
+        for told in _texts("data_paths")(entry)
+    )
+
+
+def _in_order(parts: list[str], path: list[str]) -> bool:
+    """Whether each part is in one of the folders, one after the other: recipes/sql is in recipes/data/sql/a.jsonl."""
+    folders = iter(path)
+    return all(any(part in folder for folder in folders) for part in parts)
+
+
+def _date(text: str) -> str:
+    try:
+        if not _DATE.fullmatch(text):
+            raise ValueError
+        datetime.fromisoformat(text.removesuffix("Z") + _FIRST[len(text.removesuffix("Z")) :])
+    except ValueError:
+        raise FormatError(f"{ascii(text)[:40]} is not a date.", "Write created>2026-01-31.") from None
+    return text
 
 
 def _compare(key: str, sign: str, text: str) -> _Test:
     holds = _OPERATORS[sign]
     if key == "created":
-        if not _DATE.fullmatch(text):
-            raise FormatError(f"{ascii(text)[:40]} is not a date.", "Write created>2026-01-31.")
+        _date(text)
         return lambda entry: holds(entry.created[: len(text)], text)
-    value = _number(key, text)
+    value = _number(key, sign, text)
     if key == "version":
         return lambda entry: holds(entry.version, value)
 
@@ -144,8 +205,10 @@ def _compare(key: str, sign: str, text: str) -> _Test:
     return test
 
 
-def _number(key: str, text: str) -> float:
+def _number(key: str, sign: str, text: str) -> float:
     match = _NUMBER.fullmatch(text)
+    if not text and key not in FIELDS:
+        raise FormatError(f"{key}{sign} lacks a number.", f"Write for example {key}{sign}0.8")
     if match is None:
         printable = text if text.isprintable() else "TEXT"
         hint = f"Write for example {key}>0.8." if key not in FIELDS else f"Write {key}:{printable}"
@@ -162,11 +225,15 @@ def _value(entry: Entry, key: str) -> float | None:
         return float(value) if isinstance(value, int | float) else None
     metrics = entry.summary.get("metrics") or {}
     split, _, name = key.rpartition(".")
-    for part in (split,) if split else ("test", "validation", *metrics):
-        value = (metrics.get(part) or {}).get(name)
+    for part in (split,) if split else ("test", "validation", *map(str.lower, metrics)):
+        value = _folded(_folded(metrics).get(part) or {}).get(name)
         if isinstance(value, int | float):
             return float(value)
     return None
+
+
+def _folded(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.lower(): value for key, value in sorted(told.items())}  # capitals first: what is small prevails
 
 
 def _check_metrics(query: str, entries: list[Entry]) -> None:
@@ -174,10 +241,10 @@ def _check_metrics(query: str, entries: list[Entry]) -> None:
     known = {name for entry in entries for found in (entry.summary.get("metrics") or {}).values() for name in found}
     for word in shlex.split(query):
         comparison = _COMPARISON.fullmatch(word.removeprefix("-"))
-        if comparison is None or comparison[1] in {*NUMBERS, "created", "version"} or not entries:
+        if comparison is None or comparison[1].lower() in {*NUMBERS, "created", "version"} or not entries:
             continue
-        name = comparison[1].rpartition(".")[2]
-        if name not in known:
+        name = comparison[1].lower().rpartition(".")[2]
+        if name not in map(str.lower, known):
             near = difflib.get_close_matches(name, [*known, *NUMBERS], n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
             told = ", ".join(sorted(known)) or "none"

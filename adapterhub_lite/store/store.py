@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError, NotFound, StoreError
+from ..errors import FormatError, NotFound, StoreCorrupt, StoreError
 from ..formats.card import Card
 from ..formats.files import read_regular
 from ..names import Ref, check_alias, check_name, check_version
@@ -18,7 +19,7 @@ from .manifest import Manifest
 from .reader import Names, StoreReader, told, version_of
 
 if TYPE_CHECKING:  # imported by the methods that need them
-    from .gc import Leftover
+    from .gc import Leftover, Swept
     from .repair import Healed
 
 
@@ -36,19 +37,29 @@ class Store(StoreReader):
         super().__init__(path)
         self._fs = fs or FileSystem()
         self._highest: dict[str, int] = {}  # numbers that this object has published
+        self.healed: list[Healed] = []
+        """Files of versions that were damaged and that imports by this object have restored."""
 
     def prepare(self) -> None:
-        """Make the store if it is not there yet: finds before long work that nothing could be stored after it.
+        """Make the store if it is not there yet, and write into it: finds before long work that it could not be stored.
 
         Raises:
             StoreError, StoreFull, StoreNewer: why it cannot be written.
         """
         from .migrate import ensure_store
+        from .publish import PROBE, try_writing
+
+        hint = "Make it writable, or name another store with --store or AHL_HOME; nothing was changed."
+        with storing("write into the store", self.path, len(PROBE), hint):
+            ensure_store(self._fs, self._layout)
+            try_writing(self._fs, self._layout)
+
+    def migrate(self) -> None:
+        """Make the store if it is not there yet, and bring one of an older format to the present one."""
+        from .migrate import ensure_store
 
         with storing("prepare the store", self.path):
             ensure_store(self._fs, self._layout)
-
-    migrate = prepare
 
     def put(self, name: str, files: Mapping[str, bytes | Path], card: Card) -> Ref:
         """Check an adapter and publish it as a new version; the resolved reference says which.
@@ -80,7 +91,8 @@ class Store(StoreReader):
     ) -> Ref:
         """Store an adapter from a PEFT folder or an archive (.tar, .tar.gz, .zip) as a new version.
 
-        What a store exported and nobody changed keeps its card and its digest; it is not stored twice under one name.
+        What a store exported and nobody changed keeps its card and its digest; it is not stored twice under one name,
+        and restores what is damaged of the version that it equals (see `healed`).
 
         Args:
             base_card: adds to what its card says of the base.
@@ -140,8 +152,8 @@ class Store(StoreReader):
         version = before(history, self.versions(name))
         if version is None:
             raise NotFound(
-                f"{name}:{alias} named no other version that still exists before {name}@{current.version}.",
-                f"See its history with: ahl log {name}",
+                f"{name}:{alias} names {name}@{current.version}, and named no other version that still exists before.",
+                f"See its history with: ahl log {name}; set it with: ahl alias {name}:{alias} VERSION",
             )
         # What lies before depends on the history: a move of somebody else meanwhile is not undone unseen.
         told = {"from": current.version}
@@ -168,7 +180,8 @@ class Store(StoreReader):
         users = [f"{name}:{alias}" for alias in pointing] + self._children(found)
         if users and not force:
             raise StoreError(
-                f"{name}@{version} is in use by {', '.join(users)}.", "Move those first, or force the removal."
+                f"{name}@{version} is in use by {', '.join(users)}.",
+                f"Move its aliases first, or remove it all the same with: ahl remove {name}@{version} --force",
             )
         for alias in pointing:
             self.unalias(name, alias)
@@ -195,15 +208,19 @@ class Store(StoreReader):
         Args:
             older_than: seconds since a temporary entry was touched last; by default a day.
         """
+        return self.sweep(dry_run, older_than).gone
+
+    def sweep(self, dry_run: bool = False, older_than: float | None = None) -> Swept:
+        """`gc`, which also tells what stayed: what could not be removed, and what may be under way."""
         from . import gc, publish
 
         age = publish.STALE_SECONDS if older_than is None else older_than
         with storing("remove leftovers", self.path):
             if self._catalog.format() is None:
-                return []
+                return gc.Swept([], [], 0, 0)
             if dry_run:
-                return gc.leftovers(self._layout, self._catalog, age)
-            return gc.collect(self._fs, self._layout, self._catalog, age)
+                return gc.look(self._layout, self._catalog, age)
+            return gc.sweep(self._fs, self._layout, self._catalog, age)
 
     def repair(self) -> list[Healed]:
         """Restore damaged files of versions from equal content that is sound; returns what was healed."""
@@ -234,12 +251,17 @@ class Store(StoreReader):
 
     @told
     def _twin(self, name: str, contents: Mapping[str, bytes]) -> Ref | None:
-        """The version of `name` that has exactly these files."""
+        """The version of `name` that has exactly these files, healed from them where one of its own is damaged."""
         from .manifest import FileFact
+        from .repair import heal
 
         digest = Manifest({file: FileFact.of(data) for file, data in contents.items()}).digest
         for version in reversed(self.versions(name)):
-            if self._catalog.digest(name, version) == digest:
+            with suppress(StoreCorrupt, NotFound):  # a version that does not say what it is, or was removed meanwhile
+                if self._catalog.digest(name, version) != digest:
+                    continue
+                with storing(f"heal {name}@{version}", self.path, sum(map(len, contents.values()))):
+                    self.healed += heal(self._fs, self._layout, self._catalog, name, version, contents)
                 return Ref(name).resolved(version, digest)
         return None
 

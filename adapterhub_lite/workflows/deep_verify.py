@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
-from ..bases.catalog import CATALOG
 from ..bases.load import Base
 from ..bases.quiet import quiet
-from ..errors import AdapterHubError, BaseMismatch
+from ..errors import AdapterHubError, BaseMismatch, Unsupported
 from ..events import Listener, Progress, ignore
 from ..formats.card import Card
 from ..names import Ref
 from ..runtime.admit import admit, prove
 from ..store import Finding, Store
-from .own_base import base_name, load_own_base
+from .base_choice import base_name, is_trusted
+from .own_base import load_own_base
 
 Findings = list[Finding]
 
@@ -50,13 +51,14 @@ def verify_deep(
 def _base_of(card: Card) -> object:
     """Versions alike in this are measured on one base: by what `load_own_base` makes of a card."""
     name = base_name(card)
-    foreign = card.origin.get("kind") == "imported" and name not in CATALOG
-    return name, card.base.get("quantization") or "none", foreign
+    return name, card.base.get("quantization") or "none", is_trusted(card)
 
 
 def _measure(
     refs: Sequence[Ref], card: Card, store: Store, device: str, on_event: Listener
 ) -> tuple[Findings, Findings]:
+    if base_name(card) and not is_trusted(card):
+        return [], [_not_checked(ref, _untrusted(ref, card)) for ref in refs]
     try:
         base = load_own_base(card, device=device, on_event=on_event)
     except AdapterHubError as error:
@@ -75,6 +77,15 @@ def _measure(
 def _prove(ref: Ref, store: Store, base: Base) -> None:
     with base.lock, quiet():
         prove(admit(store, ref, base), base)
+
+
+def _untrusted(ref: Ref, card: Card) -> Unsupported:
+    """Each is measured where its base is named, before it answers."""
+    name = str(card.base["name"])
+    return Unsupported(
+        f"it names the base {name!r}; what a foreign file names is not loaded unasked.",
+        f"If you trust it, this measures it: ahl run --adapter {ref} --base {shlex.quote(name)} PROMPT",
+    )
 
 
 def _not_checked(ref: Ref, error: AdapterHubError) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..adapters.adapter import stored_adapter
 from ..adapters.compare import Comparison, compare
 from ..bases.load import Base
 from ..bases.quiet import quiet
-from ..errors import AdapterHubError, AdapterMismatch, BaseMismatch, DataError, Unsupported
+from ..errors import AdapterHubError, AdapterMismatch, BaseMismatch, DataError, StoreError, Unsupported
 from ..evaluation.evaluate import evaluate
 from ..events import Listener, ignore
 from ..formats.card import Card, spread
@@ -48,19 +48,19 @@ def diff(
     b: str | Ref,
     *,
     store: Store | None = None,
-    base: Base | None = None,
+    base: Base | Callable[[], Base] | None = None,
     outputs: int = 0,
     on_event: Listener = ignore,
 ) -> Difference:
     """Compare two stored versions.
 
     Args:
-        base: the base of both, if it is loaded already; it is only used for `outputs`.
-        outputs: let both answer so many rows of the test split now (validation where there is none).
+        base: the base of both, or what loads it; by default their own is loaded. It is only used for `outputs`.
+        outputs: let both answer so many rows of the test split now (validation where there is none). Where that cannot
+            be done (different bases, other columns, rows that have moved) `outputs_refused` says why, and everything
+            else is compared; what the cards tell is found before a base is loaded.
 
     Raises:
-        BaseMismatch: `outputs`, and the two need different bases.
-        DataError: `outputs`, and the rows are not where they were.
         StoreCorrupt: a version is damaged.
     """
     store = store if store is not None else Store()
@@ -68,7 +68,7 @@ def diff(
     same = one.ref.digest == two.ref.digest
     if outputs < 0:
         raise Unsupported(f"{outputs} rows cannot be answered.", "Give a number from 0 on.")
-    live = () if same or not outputs else (_live(store, one, two, base, outputs, on_event),)
+    live, refused = _answered(store, one, two, base, 0 if same else outputs, on_event)
     weights, weights_note = (None, "the same") if same else _weights(store, one, two)
     files = [store.manifest(side.ref).files for side in (one, two)]
     return Difference(
@@ -86,6 +86,7 @@ def diff(
         weights=weights,
         weights_note=weights_note,
         answers=(*_recorded(one, two), *live),
+        outputs_refused=refused,
     )
 
 
@@ -202,7 +203,23 @@ def _answer_field(task: Task) -> str:
     return str(task.config["label" if isinstance(task, Classify) else "completion"])
 
 
-def _live(store: Store, one: _Version, two: _Version, base: Base | None, most: int, on_event: Listener) -> Answers:
+def _answered(
+    store: Store, one: _Version, two: _Version, base: Base | Callable[[], Base] | None, most: int, on_event: Listener
+) -> tuple[tuple[Answers, ...], str]:
+    """Answers given now, or why there are none: the other parts of a comparison are not lost for it."""
+    if not most:
+        return (), ""
+    try:
+        return (_live(store, one, two, base, most, on_event),), ""
+    except StoreError:
+        raise
+    except AdapterHubError as error:
+        return (), error.message
+
+
+def _live(
+    store: Store, one: _Version, two: _Version, base: Base | Callable[[], Base] | None, most: int, on_event: Listener
+) -> Answers:
     _check_one_base(one, two)
     tasks = _tasks(one, two)
     split, rows = _rows_to_answer(one, two)
@@ -210,7 +227,9 @@ def _live(store: Store, one: _Version, two: _Version, base: Base | None, most: i
     part = Rows(
         tuple(rows[i] for i in chosen), tuple(rows.lines[i] for i in chosen), rows.source, rows.sha256, rows.is_file
     )
-    base = base or load_own_base(one.card, on_event=on_event)
+    _check_columns(one, two, tasks, part)
+    if not isinstance(base, Base):
+        base = base() if base is not None else load_own_base(one.card, on_event=on_event)
     runtime = Runtime(base, store, slots=2, on_event=on_event)
     try:
         for side in (one, two):
@@ -225,6 +244,19 @@ def _live(store: Store, one: _Version, two: _Version, base: Base | None, most: i
     changed = [pair for pair in zip(chosen, *said, strict=True) if pair[1] != pair[2]]
     asked = one.card if one.card.task.get("type") else two.card
     return Answers(split, True, len(part), tuple(_explained(pair, rows, asked) for pair in changed))
+
+
+def _check_columns(one: _Version, two: _Version, tasks: Sequence[Task], rows: Rows) -> None:
+    """Before the base is loaded: whether the rows have what each task reads."""
+    for side, task in zip((one, two), tasks, strict=True):
+        try:
+            task.inputs(rows)
+            task.metrics(rows, [""] * len(rows))
+        except DataError as error:
+            raise DataError(
+                f"{one} and {two} read other columns, so they cannot answer the same rows. For {side}: {error}",
+                "Compare them without live answers.",
+            ) from error
 
 
 def _check_one_base(one: _Version, two: _Version) -> None:

@@ -86,6 +86,7 @@ class Difference:
         same: the very same bytes, cards included.
         same_weights, same_config: the same tensors, the same configuration, byte for byte.
         recipe_note, weights_note: why there is no comparison, where there is none.
+        outputs_refused: why no answers were given now although they were asked for; "" otherwise.
         made: adapter, task, seed, parents, origin, libraries and duration, as the cards have them.
     """
 
@@ -103,6 +104,7 @@ class Difference:
     weights: Comparison | None
     weights_note: str
     answers: tuple[Answers, ...]
+    outputs_refused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain form."""

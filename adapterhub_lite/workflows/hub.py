@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..bases.fetch import on_disk
 from ..errors import NotFound, StoreCorrupt, UnsafeFile, Unsupported
 from ..events import Listener, Note, Progress, Stage, ignore
 from ..formats.files import read_regular
@@ -26,11 +27,13 @@ from .hub_client import (
     look,
     parse_source,
     parse_target,
+    refuse_address,
     refuse_offline,
 )
 from .model_card import README, local_paths, model_card, without_local_paths
+from .receive import receive
 
-__all__ = ["HubError", "Pushed", "commit_of", "parse_source", "parse_target", "pull", "push"]
+__all__ = ["HubError", "Pushed", "commit_of", "parse_source", "parse_target", "pull", "push", "refuse_address"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _BARE = {README, ".gitattributes"}  # what the Hub itself puts into a new repository
@@ -61,6 +64,7 @@ def pull(
     *,
     revision: str | None = None,
     store: Store | None = None,
+    base: str | None = None,
     base_card: dict[str, Any] | None = None,
     on_event: Listener = ignore,
 ) -> Ref:
@@ -72,18 +76,21 @@ def pull(
     Args:
         repo: `owner/name`.
         revision: a branch, tag or commit; None is the main branch.
+        base: the base that it is for, as in `receive`.
         base_card: as in `Store.import_`.
 
     Raises:
         HubError: not reachable, refused, or other bytes than the Hub lists.
         NotFound: no such repository or revision, or no adapter in it.
         UnsafeFile: the weights exist only as pickle.
-        FormatError, Unsupported, AdapterMismatch, NoEffect, StoreError: as `Store.import_`.
+        FormatError, Unsupported, AdapterMismatch, NoEffect, StoreError: as `receive`.
     """
     check_name(name)
     check_repo(repo)
     if revision is not None:
         check_revision(revision)
+    if base is not None:
+        on_disk(base)  # a name that is none is told before the network is asked
     store = store if store is not None else Store()
     refuse_offline()
     listing = look(repo, revision)
@@ -93,7 +100,7 @@ def pull(
         folder.mkdir()
         _fetch(listing, folder, on_event)
         source = {"kind": "hub", "repo": repo, "commit": listing.commit}
-        return store.import_(folder, name, base_card, source=source)
+        return receive(folder, name, store=store, base=base, base_card=base_card, source=source, on_event=on_event)
 
 
 def push(
@@ -181,7 +188,8 @@ def _settle_paths(files: Mapping[str, bytes], repo: str, private: bool, on_event
         return
     shown = ", ".join(found[:3]) + (" and more" if len(found) > 3 else "")
     if private:
-        on_event(Note(f"The card names paths of this machine ({shown}); whoever can read {repo} sees them."))
+        text = f"The card names paths of this machine ({shown}); whoever can read {repo} sees them."
+        on_event(Note(f"{text} --without-paths cuts each to its last part.", "warning"))
         return
     raise Unsupported(
         f"The card names paths of this machine ({shown}), and {repo} is to be public.",

@@ -25,6 +25,11 @@ _ATTEMPTS = 3
 _PIECE = 1 << 20
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,248}[A-Za-z0-9_-])?", re.ASCII)
+_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[\w.-]+))?(?:[/?#].*)?$",
+    re.ASCII,
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _AGAIN = "Try again; if it stays so, the repository is damaged."
 _LOGIN = "For a private one, log in with: hf auth login"
@@ -89,6 +94,17 @@ def parse_source(text: str) -> tuple[str, str | None]:
         raise InvalidName(f"{ascii(text)[:120]} is not a repository of the Hub.", "Write hub:owner/name.")
     repo, at, revision = text.removeprefix(SCHEME).partition("@")
     return check_repo(repo), check_revision(revision) if at else None
+
+
+def refuse_address(text: str) -> None:
+    """Raise InvalidName for a web address, with the reference to write instead where it is a repository of the Hub."""
+    page = _PAGE.match(text)
+    if page is not None:
+        repo = page["repo"].removesuffix(".git")
+        name = f"{SCHEME}{repo}@{page['revision']}" if page["revision"] else f"{SCHEME}{repo}"
+        raise InvalidName(f"{ascii(text)[:120]} is a web page.", f"Write: ahl import {name}")
+    if "://" in text:
+        raise InvalidName(f"{ascii(text)[:120]} is an address.", "Download it, and import the folder or archive.")
 
 
 def parse_target(text: str) -> str:

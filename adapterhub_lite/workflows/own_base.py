@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from ..bases.catalog import CATALOG
 from ..bases.load import Base, load_base
 from ..errors import Unsupported
 from ..events import Listener, ignore
 from ..formats.card import Card
-
-
-def base_name(card: Card) -> str | None:
-    """What to load the adapter's base by: a catalogue name where there is one, which also works offline."""
-    name = card.base.get("name")
-    return next((entry.name for entry in CATALOG.values() if entry.hub_id == name), name)
+from .base_choice import base_name, is_trusted
 
 
 def load_own_base(
@@ -32,7 +26,7 @@ def load_own_base(
     chosen = name or base_name(card)
     if not chosen:
         raise Unsupported("This adapter does not say which base it was made for.", "Name it: --base NAME.")
-    if not name and card.origin.get("kind") == "imported" and chosen not in CATALOG:
+    if not name and not is_trusted(card):
         raise Unsupported(
             f"This imported adapter names the base {chosen!r}; what a foreign file names is not loaded unasked.",
             f"If you trust it: --base {chosen}",

@@ -12,7 +12,7 @@ from ..bases.quiet import quiet
 from ..errors import DataError, StoreError, Unsupported
 from ..evaluation.evaluate import evaluate
 from ..events import Listener, ignore
-from ..formats.card import Card
+from ..formats.card import Card, utc_now
 from ..names import Ref, check_alias
 from ..runtime.runtime import Runtime
 from ..store import Move, Store
@@ -20,6 +20,7 @@ from ..tasks.registry import make_task
 from ..tasks.rows import Rows, read_jsonl
 from ..tasks.task import Task
 from .data import split_rows
+from .figures import Figure, Question, judge_of, own_fingerprint, recorded
 from .own_base import load_own_base
 
 _ATTEMPTS = 5  # how often others may touch the alias while we measure, before we give up
@@ -33,7 +34,8 @@ class Decision:
     """Whether an alias moved to a candidate, and the figures (0..1) that decided it, all of the same rows.
 
     `current` is the version that the alias named before, None where it named none; its value is None too where there
-    was nothing to compare.
+    was nothing to compare. The two figures say when each was measured, and on what; `judge` is the digest of the task
+    that judged the answers.
     """
 
     accepted: bool
@@ -49,6 +51,9 @@ class Decision:
     rows: int = 0
     data: str = ""
     data_sha256: str = ""
+    judge: str = ""
+    candidate_figure: Figure | None = None
+    current_figure: Figure | None = None
 
     @property
     def moved(self) -> bool:
@@ -69,6 +74,7 @@ def promote(
     margin: float = 0.0,
     metric: str | None = None,
     data: Path | None = None,
+    again: bool = False,
     device: str = "auto",
     on_event: Listener = ignore,
 ) -> Decision:
@@ -76,13 +82,16 @@ def promote(
 
     Both answer the same rows, each as it was trained to see them and on its own base, and the candidate's task judges
     the answers. Without a current version there is nothing to compare: the first promotion is accepted with its figure.
-    If somebody else touches the alias meanwhile, the candidate is compared with what it names then.
+    A figure that this store has measured before, of the same version on the same rows and base, is not measured again;
+    what an imported card claims is no figure. If somebody else touches the alias meanwhile, the candidate is compared
+    with what it names then.
 
     Args:
         base: the candidate's base, if it is loaded already.
         margin: how much worse in the metric the candidate may be.
         metric: one that the candidate's task measures; by default its first.
         data: a JSON Lines file instead of the candidate's own test (else validation) rows.
+        again: measure everything anew.
 
     Raises:
         Unsupported: a margin outside 0..1, an unknown metric, or no task to measure by.
@@ -94,7 +103,7 @@ def promote(
     if not 0 <= margin <= 1:
         raise Unsupported(f"A margin of {margin} is not a share of a metric.", "Give 0 to 1, for example 0.01.")
     candidate = store.resolve(ref)
-    gate = _Gate(store, candidate, store.card(candidate), base, margin, metric, data, device, on_event)
+    gate = _Gate(store, candidate, store.card(candidate), base, margin, metric, data, again, device, on_event)
     for _ in range(_ATTEMPTS):
         last, current = _state(store, candidate.name, alias)
         decision = gate.decide(alias, current)
@@ -141,10 +150,14 @@ class _Gate:
     margin: float
     metric: str | None
     data: Path | None
+    again: bool
     device: str
     on_event: Listener
-    _values: dict[int, float] = field(default_factory=dict)
+    _figures: dict[int, Figure] = field(default_factory=dict)
     _base_for: Card | None = None  # whose base is loaded; None: the candidate's
+
+    def __post_init__(self) -> None:
+        self._given = self.base  # `base` may become another one
 
     def decide(self, alias: str, current: int | None) -> Decision:
         """The decision on the candidate against version `current`."""
@@ -153,22 +166,22 @@ class _Gate:
         plain = Decision(True, "", ref.name, alias, version, current, margin=self.margin)
         if version == current:
             return replace(plain, why=f"{ref.name}:{alias} names {ref} already")
-        rows, judge, metric = self._rows, self._judge, self._chosen
+        rows, metric = self._rows, self._chosen
         plain = replace(plain, metric=metric, rows=len(rows), data=rows.source, data_sha256=rows.sha256)
+        plain = replace(plain, judge=self._question.judge)
         if current is None:
-            own = self._value(version)
-            why = f"{ref.name}:{alias} named no version; {metric} of {ref} is {own:.4g}"
-            return replace(plain, why=why, candidate_value=own)
+            own = self._figure(version, alias)
+            why = f"{ref.name}:{alias} named no version; {metric} of {ref} is {own.value:.4g}"
+            return replace(plain, why=why, candidate_value=own.value, candidate_figure=own)
         other = Ref(ref.name, version=current)
-        kind = self.store.card(other).task.get("type")
-        if kind != judge.config["type"]:
-            why = f"{ref} does {judge.config['type']}, {other} {kind or 'nothing known'}: no figure compares the two"
+        kind, mine = self.store.card(other).task.get("type"), self._judge.config["type"]
+        if kind != mine:
+            why = f"{ref} does {mine}, {other} {kind or 'nothing known'}: no figure compares the two"
             return replace(plain, accepted=False, why=why)
-        own, now = self._value(version), self._value(current)
-        accepted = own >= now - self.margin - _ROUNDING
-        allowed = f" (a margin of {self.margin:g} is allowed)" if self.margin else ""
-        why = f"{metric} {own:.4g} is {'no worse' if accepted else 'worse'} than {now:.4g} of {other}{allowed}"
-        return replace(plain, accepted=accepted, why=why, candidate_value=own, current_value=now)
+        own, now = self._figure(version, alias), self._figure(current, alias)
+        accepted, compared = _compared(own.value, now.value, f"of {other}", self.margin)
+        values = replace(plain, candidate_value=own.value, current_value=now.value)
+        return replace(values, accepted=accepted, why=f"{metric} {compared}", candidate_figure=own, current_figure=now)
 
     @cached_property
     def _judge(self) -> Task:
@@ -177,7 +190,10 @@ class _Gate:
     @cached_property
     def _rows(self) -> Rows:
         if self.data is not None:
-            return read_jsonl(self.data)
+            try:
+                return read_jsonl(self.data)
+            except DataError as error:
+                raise DataError(error.message, "Give a JSON Lines file with --data FILE.jsonl.") from error
         split = next((split for split in _SPLITS if self.card.data.get(split)), None)
         if split is None:
             raise DataError(f"{self.candidate} was made without test data.", "Pass a file with --data FILE.jsonl.")
@@ -200,20 +216,46 @@ class _Gate:
             raise Unsupported(f"{self.candidate} is not measured by {self.metric!r}.", f"Use {' or '.join(known)}.")
         return self.metric or self._judge.primary_metric
 
-    def _value(self, version: int) -> float:
+    @cached_property
+    def _question(self) -> Question:
+        return Question(self._chosen, self._rows.sha256, judge_of(self.card.task))
+
+    def _figure(self, version: int, alias: str) -> Figure:
         """The metric of one version on the rows, as the candidate's task judges its answers."""
-        if version not in self._values:
+        if version not in self._figures:
             ref = self.store.resolve(Ref(self.candidate.name, version=version))
             card = self.store.card(ref)
-            runtime = Runtime(self._base_of(card), self.store, slots=1, on_event=self.on_event)
-            try:
-                runtime.load(ref)
-                with quiet():
-                    found = evaluate(runtime, _task(ref, card), self._rows, ref, self.on_event, f"measuring {ref}")
-            finally:
-                runtime.close()
-            self._values[version] = self._judge.metrics(self._rows, found.answers)[self._chosen]
-        return self._values[version]
+            found = self._known(ref, card, self._measured_on(card), alias)
+            if found is None:
+                base = self._base_of(card)
+                unsaid = self._measured_on(card) is None  # only the live base can tell which one it is
+                found = self._known(ref, card, base.fingerprint.digest, alias) if unsaid else None
+                found = found or self._measured(ref, card, base)
+            self._figures[version] = found
+        return self._figures[version]
+
+    def _known(self, ref: Ref, card: Card, base: str | None, alias: str) -> Figure | None:
+        if self.again or base is None:
+            return None
+        return recorded(self.store, ref, card, self._question, base, alias)
+
+    def _measured_on(self, card: Card) -> str | None:
+        """The fingerprint of the base on which a version is measured, as far as that is known without loading it."""
+        given = self._given
+        if given is not None and (_one_base(card, self.card) or _is_base_of(given, card)):
+            return given.fingerprint.digest
+        return own_fingerprint(card)
+
+    def _measured(self, ref: Ref, card: Card, base: Base) -> Figure:
+        runtime = Runtime(base, self.store, slots=1, on_event=self.on_event)
+        try:
+            runtime.load(ref)
+            with quiet():
+                found = evaluate(runtime, _task(ref, card), self._rows, ref, self.on_event, f"measuring {ref}")
+        finally:
+            runtime.close()
+        value = self._judge.metrics(self._rows, found.answers)[self._chosen]
+        return Figure(value, str(ref.digest), base.fingerprint.digest, "now", utc_now())
 
     def _base_of(self, card: Card) -> Base:
         """The base of a version: the one that is loaded, if that does for it."""
@@ -223,6 +265,22 @@ class _Gate:
         self.base = load_own_base(card, device=self.device, on_event=self.on_event)
         self._base_for = card
         return self.base
+
+
+def _compared(own: float, now: float, whose: str, margin: float) -> tuple[bool, str]:
+    """Whether a figure is good enough beside the current one, and how the two compare in words."""
+    if abs(own - now) <= _ROUNDING:
+        return True, f"{own:.4g} equals that {whose}"
+    one, other = f"{own:.4g}", f"{now:.4g}"
+    if one == other:
+        one, other = f"{own:.9g}", f"{now:.9g}"
+    if own > now:
+        return True, f"{one} is better than {other} {whose}"
+    accepted = own >= now - margin - _ROUNDING
+    worse = f"{one} is worse than {other} {whose}"
+    if not margin:
+        return accepted, worse
+    return accepted, f"{worse} by {now - own:.4g}, {'within' if accepted else 'more than'} the margin of {margin:g}"
 
 
 def _task(ref: Ref, card: Card) -> Task:

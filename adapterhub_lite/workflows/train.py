@@ -28,6 +28,7 @@ from ..tasks.rows import Rows, read_hub, read_jsonl
 from ..tasks.task import Task
 from ..training.loop import History
 from ..training.train import Trained, train_adapter
+from .rescue import rescued
 
 _LIBRARIES = ("adapterhub-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -52,6 +53,7 @@ def train(
     Raises:
         RecipeError, DataError: found before the first step.
         TrainingFailed, NoEffect: nothing is published.
+        StoreError: it was trained, but could not be stored; the message says where it is kept.
     """
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     name = check_name(name or plan.name)
@@ -209,7 +211,11 @@ def _publish(
         origin={"kind": "trained", **_history(trained.history)},
         duration_seconds=round(time.perf_counter() - started, 3),
     )
-    return store.put(name, dict(trained.adapter.files()), card)
+    files = trained.adapter.files()
+    try:
+        return store.put(name, dict(files), card)
+    except OSError as error:  # also a StoreError: hours of work are not lost to a full disk
+        raise rescued(name, files, card, base, store, error) from error
 
 
 def _history(history: History) -> dict[str, Any]:

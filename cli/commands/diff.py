@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..app import command, new_app
 from ..differences import difference_lines
-from ..guard import UsageProblem
+from ..guard import Failure, UsageProblem
 from ..opening import open_base, open_store, silence
 from ..options import BaseOption, DeviceOption, JsonOption, QuantizeOption, StoreOption
 from ..progress import reporting
-from ..render import emit, say
+from ..render import emit, printable, remark, say
+
+if TYPE_CHECKING:
+    from ...bases.load import Base
 
 app = new_app()
 
@@ -40,7 +43,7 @@ def run(
     """Compare two versions: recipe, data, metrics, weights, answers.
 
     Weights are compared by the Frobenius norm of each change and the cosine between them: 1 is the same direction, 0
-    nothing in common.
+    nothing in common. Exits with 1 when --outputs cannot be had; the rest is printed.
     """
     chosen = base is not None or quantize is not None or device != "auto"
     if chosen and not outputs:
@@ -51,9 +54,16 @@ def run(
     from ...workflows.diff import diff
 
     with reporting() as on_event:
-        loaded = open_base(opened.card(one), base, quantize, device, on_event) if chosen else None
-        found = diff(one, two, store=opened, base=loaded, outputs=outputs, on_event=on_event)
+
+        def chosen_base() -> Base:
+            return open_base(opened.card(one), base, quantize, device, on_event)
+
+        load = chosen_base if chosen else None
+        found = diff(one, two, store=opened, base=load, outputs=outputs, on_event=on_event)
     if as_json:
         emit(found.to_dict())
     else:
         say(*difference_lines(found, layers))
+    if found.outputs_refused:
+        remark(printable(f"error: no answers were given now: {found.outputs_refused}", keep_lines=True))
+        raise Failure("The outputs were not compared.")

@@ -9,7 +9,7 @@ from ..diagnosis import diagnose
 from ..guard import Failure
 from ..opening import open_store, silence
 from ..options import JsonOption, StoreOption
-from ..render import emit, printable, say
+from ..render import counted, emit, printable, say
 
 app = new_app()
 _MARKS = {"ok": " ", "warning": "!", "trouble": "x"}
@@ -31,6 +31,6 @@ def run(store: StoreOption = None, as_json: JsonOption = False) -> None:
         for fact in facts:
             reason = f"  ({fact.reason})" if fact.reason else ""
             say(printable(f"{_MARKS[fact.state]} {fact.name:<{size}}  {fact.value}{reason}"))
-        say("", f"{len(wrong)} trouble(s) found." if wrong else "Everything works.")
+        say("", f"{counted(len(wrong), 'troubles')} found." if wrong else "Everything works.")
     if wrong:
         raise Failure("trouble found")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..app import command, new_app
-from ..opening import open_base, open_store
+from ..opening import checked_card, open_base, open_store
 from ..options import BaseOption, DeviceOption, JsonOption, QuantizeOption, RefArgument, StoreOption
 from ..progress import reporting
 from ..render import Column, emit, printable, say, table
@@ -44,7 +44,7 @@ def run(
     opened = open_store(store)
     found = opened.resolve(ref)
     with reporting() as on_event:
-        loaded = open_base(opened.card(found), base, quantize, device, on_event)
+        loaded = open_base(checked_card(opened, found), base, quantize, device, on_event)
         from ...workflows.evaluate import evaluate
 
         report = evaluate(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...errors import StoreError
 from ..app import command, new_app
+from ..guard import Failure
 from ..opening import open_store
 from ..options import JsonOption, StoreOption
-from ..render import emit, printable, say, size
+from ..render import counted, emit, printable, say, size
+
+if TYPE_CHECKING:
+    from ...store import Leftover, Swept
 
 app = new_app()
+_HOURS = 24.0
 
 
 @command(
@@ -29,15 +35,57 @@ def run(
 ) -> None:
     """Remove what crashed or finished work has left behind.
 
-    Nothing that a version or an alias needs is touched; `ahl remove` takes versions away.
+    Nothing that a version or an alias needs is touched; `ahl remove` takes versions away. Exits with 1 when something
+    could not be removed.
     """
     opened = open_store(store)
-    gone = opened.gc(dry_run, None if hours is None else hours * 3600)
-    total = sum(one.bytes for one in gone)
+    opened.require()
+    hours = _HOURS if hours is None else hours
+    swept = opened.sweep(dry_run, hours * 3600)
     if as_json:
-        emit({"store": str(opened.path), "dry_run": dry_run, "bytes": total, "removed": [asdict(one) for one in gone]})
+        emit({"store": str(opened.path), "dry_run": dry_run, **_report(swept)})
+        if swept.kept:
+            raise Failure("Not everything could be removed.")
         return
-    for one in gone:
+    for one in swept.gone:
         say(f"{size(one.bytes):>8}  {printable(one.path)}  ({one.reason})")
     would = "would go" if dry_run else "gone"
-    say(f"{len(gone)} leftovers {would}, {size(total)}" if gone else "Nothing is left over.")
+    if swept.gone:
+        say(f"{counted(len(swept.gone), 'leftovers')} {would}, {size(_total(swept.gone))}")
+    elif not swept.kept:
+        say("Nothing is left over.")
+    say(*_beside(swept, hours))
+    if swept.kept:
+        listed = ", ".join(one.path for one in swept.kept)
+        raise StoreError(
+            f"{counted(len(swept.kept), 'leftovers')} could not be removed from {opened.path}: {listed}.",
+            "Make the store writable and try again.",
+        )
+
+
+def _beside(swept: Swept, hours: float) -> list[str]:
+    """What was left alone, and what takes more space than it might."""
+    told = []
+    if swept.younger:
+        left = counted(swept.younger, "operations")
+        told.append(f"{left} under way, or broken off less than {hours:g} h ago: left alone (see --older-than)")
+    if swept.copied:
+        told.append(
+            f"{size(swept.copied)} of equal content are copies: hard links between the files are missing, "
+            "as on a file system without them, or in a store that was copied"
+        )
+    return told
+
+
+def _report(swept: Swept) -> dict[str, Any]:
+    return {
+        "bytes": _total(swept.gone),
+        "removed": [asdict(one) for one in swept.gone],
+        "not_removed": [asdict(one) for one in swept.kept],
+        "younger": swept.younger,
+        "copied_bytes": swept.copied,
+    }
+
+
+def _total(some: list[Leftover]) -> int:
+    return sum(one.bytes for one in some)

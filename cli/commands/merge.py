@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..app import command, new_app
-from ..opening import open_base, open_store
+from ..opening import checked_card, open_base, open_store
 from ..options import BaseOption, DeviceOption, JsonOption, QuantizeOption, RefArgument, StoreOption
 from ..progress import reporting
 from ..render import emit, printable, say
@@ -46,7 +46,7 @@ def run(
     opened = open_store(store)
     found = opened.resolve(ref)
     with reporting() as on_event:
-        loaded = open_base(opened.card(found), base, quantize, device, on_event)
+        loaded = open_base(checked_card(opened, found), base, quantize, device, on_event)
         from ...workflows.merge import merge
 
         report = merge(found, out, store=opened, base=loaded, bake=bake, dtype=dtype, on_event=on_event)

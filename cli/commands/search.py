@@ -28,7 +28,7 @@ def run(
     """Find adapters by words, base and metrics; everything must hold.
 
     Words are looked for in every field. Fields: name, alias, digest, base, revision, type, task, quant, origin, parent,
-    data. Numbers compared with < <= > >= = !=: any metric, rank, alpha, parameters, size, tokens, seed, seconds,
-    version, created. A - before a term turns it round.
+    data (a file, the folders above it, or the beginning of its sha256). Numbers compared with < <= > >= = !=: any
+    metric, rank, alpha, parameters, size, tokens, seed, seconds, version, created. A - before a term turns it round.
     """
     search_adapters(" ".join(query), store, as_json)

@@ -12,7 +12,7 @@ from ..guard import Failure, UsageProblem
 from ..opening import open_store, silence
 from ..options import JsonOption, StoreOption
 from ..progress import reporting
-from ..render import emit, printable, say
+from ..render import counted, emit, printable, say
 
 if TYPE_CHECKING:
     from ...store import Finding, Healed, Store
@@ -40,13 +40,15 @@ def run(
 ) -> None:
     """Check the bytes of one version, or of the whole store.
 
-    Exits with 1 when anything is not as it was stored.
+    Exits with 1 when anything is not as it was stored, or where there is no store.
     """
     if ref is not None and (everything or repair):
         raise UsageProblem("REF names one version; --all and --repair are for the whole store.", "Leave REF out.")
     opened = open_store(store)
     if ref is not None:
         opened.resolve(ref)  # an unknown reference is an error, not a finding
+    else:
+        opened.require()
     healed = opened.repair() if repair else []
     findings = opened.verify(ref)
     measured, wrong, skipped = _deep(opened, ref, {one.where for one in findings}) if deep else (None, [], [])
@@ -57,11 +59,13 @@ def run(
     else:
         say(*(f"healed: {one.where} {one.file}, from {one.source}" for one in healed))
         say(*(printable(one) for one in (*findings, *skipped)))
-        if not findings:
+        if not findings and not count:
+            say(printable(f"{opened.path}: an empty store, nothing to check"))
+        elif not findings:
             also = f", {measured} measured" if deep else ""
-            say(f"{ref or opened.path}: sound ({count} version{'s' if count != 1 else ''} checked{also})")
+            say(f"{ref or opened.path}: sound ({counted(count, 'versions')} checked{also})")
     if findings:
-        raise Failure(f"{len(findings)} findings.")
+        raise Failure(f"{counted(len(findings), 'findings')}.")
 
 
 def _deep(opened: Store, ref: str | None, damaged: set[str]) -> tuple[int, list[Finding], list[Finding]]:

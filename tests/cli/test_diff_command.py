@@ -121,7 +121,7 @@ def test_types_that_cannot_be_compared(store: Path) -> None:
 
 
 def test_adapters_of_different_bases(store: Path) -> None:
-    text = ahl("diff", "parrot", "moods", "--store", store).stdout
+    text = ahl("diff", "parrot@1", "moods", "--store", store).stdout
     found = sections(text)
     assert "on other rows" not in text  # no metric in common
     assert any(line.split()[0] == "fingerprint.weights" for line in found["base:"])
@@ -130,6 +130,26 @@ def test_adapters_of_different_bases(store: Path) -> None:
     assert refused.exit_code == 1
     assert "so no base can let both answer" in refused.stderr
     assert "loading" not in refused.stderr
+    assert refused.stdout == text, "the rest is printed"
+    told_of = told("diff", "parrot@1", "moods", "--outputs", "1", "--store", store, code=1)
+    assert "no base can let both answer" in told_of["outputs_refused"]
+    assert told_of["base"]
+
+
+def test_other_columns_are_told_before_a_base_is_loaded(store: Path, tmp_path: Path, shop: Shop) -> None:
+    for file in ("parrot.jsonl", "parrot-test.jsonl"):
+        text = (shop.folder / file).read_text().replace("question", "ask")
+        (tmp_path / file).write_text(text)
+    recipe = (shop.folder / "parrot.yaml").read_text().replace("question", "ask").replace("parrot\n", "asker\n", 1)
+    (tmp_path / "asker.yaml").write_text(recipe)
+    other = shutil.copytree(store, tmp_path / "store", copy_function=shutil.copy)
+    assert ahl("train", tmp_path / "asker.yaml", "--store", other).exit_code == 0
+    for base in ([], ["--base", shop.causal]):
+        refused = ahl("diff", "parrot@1", "asker", "--outputs", "2", *base, "--store", other)
+        assert refused.exit_code == 1
+        assert "loading" not in refused.stderr
+        assert "read other columns" in refused.stderr
+        assert refused.stdout == ahl("diff", "parrot@1", "asker", "--store", other).stdout
 
 
 def test_wrong_usage(store: Path, shop: Shop) -> None:

@@ -87,3 +87,29 @@ def test_promote_takes_a_base_by_name(store: Path, tmp_path: Path, shop: Shop) -
     assert unasked.exit_code == 1
     assert "--base" in unasked.stderr
     assert told(*arguments, "--base", shop.causal)["candidate_value"] == 1.0
+
+
+def test_promote_says_what_was_measured_before(shop: Shop, tmp_path: Path) -> None:
+    shutil.copytree(shop.store, tmp_path / "store")
+    store = tmp_path / "store"
+    created = Store(store).card("parrot@1").created
+    first = ahl("promote", "parrot@1", "--to", "prod", "--store", store)
+    assert first.exit_code == 0, first.stderr
+    assert f"parrot@1: measured {created}, when it was trained; --again measures anew" in first.stdout.splitlines()
+    assert "loading" not in first.stderr
+    anew = ahl("promote", "parrot@1", "--to", "beta", "--again", "--store", store)
+    assert "measures anew" not in anew.stdout
+    assert "loading" in anew.stderr
+    found = told("promote", "parrot@1", "--to", "third", "--store", store)
+    assert (found["candidate_figure"]["source"], found["candidate_figure"]["time"]) == ("card", created)
+    data = ["--data", shop.folder / "parrot.jsonl", "--store", store]
+    time = told("promote", "parrot@1", "--to", "a", *data)["candidate_figure"]["time"]
+    text = ahl("promote", "parrot@1", "--to", "b", *data).stdout
+    assert f"parrot@1: measured {time}, for an earlier decision; --again measures anew" in text.splitlines()
+
+
+def test_promote_without_its_rows(store: Path, tmp_path: Path) -> None:
+    error = told("promote", "parrot@1", "--to", "prod", "--data", tmp_path / "no.jsonl", "--store", store, code=1)
+    assert str(tmp_path / "no.jsonl") in error["error"]["message"]
+    assert error["error"]["hint"] == "Give a JSON Lines file with --data FILE.jsonl."
+    assert "recipe" not in str(error)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+import shutil
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from adapterhub_lite.adapters.compare import Comparison, Overlap
 from adapterhub_lite.cli import render
+from adapterhub_lite.cli.differences import difference_lines
 from adapterhub_lite.cli.live import LiveReport
-from adapterhub_lite.cli.progress import PlainReport, Smoothed, reporting
+from adapterhub_lite.cli.progress import PlainReport, Smoothed, amount, reporting
 from adapterhub_lite.events import Evaluated, Note, Progress, Stage, Step
+from adapterhub_lite.formats.card import Card
+from adapterhub_lite.store import Store
+from adapterhub_lite.workflows.difference import Change, MetricChange
+from tests.cli.conftest import Shop, ahl
+from tests.cli.test_diff_command import difference
+from tests.formats.build import lora_files
 
 _COLUMNS = (render.Column("NAME"), render.Column("WHY", 2), render.Column("SIZE", 1, right=True))
 
@@ -21,15 +34,76 @@ def _step(step: int, total: int = 300) -> Step:
     return Step(step, total, step / 100, 2.0, 1e-3, 512.0, 65.0)
 
 
-def test_a_table_drops_what_does_not_fit() -> None:
+def test_a_table_puts_what_does_not_fit_below() -> None:
     rows = [("a", "because of this", "1 kB"), ("bcd", "no", "10 kB")]
     assert render.table(_COLUMNS, rows, 80) == [
         "NAME  WHY               SIZE",
         "a     because of this   1 kB",
         "bcd   no               10 kB",
     ]
-    assert render.table(_COLUMNS, rows, 12) == ["NAME   SIZE", "a      1 kB", "bcd   10 kB"]
-    assert render.table(_COLUMNS, rows, 3) == ["NA…", "a", "bcd"]
+    assert render.table(_COLUMNS, rows, 20) == [
+        "NAME   SIZE",
+        "a      1 kB",
+        "  WHY because of",
+        "  this",
+        "bcd   10 kB",
+        "  WHY no",
+    ]
+    narrow = ["a", "  WHY", "  because", "  of this", "  SIZE 1", "  kB", "bcd", "  WHY no", "  SIZE 10", "  kB"]
+    assert render.table(_COLUMNS, rows, 9) == render.table(_COLUMNS, rows, 1) == narrow
+    assert render.table(_COLUMNS, [("", "", "")], 20) == ["NAME  WHY  SIZE", ""]
+
+
+def test_a_picture_goes_before_a_figure_does() -> None:
+    columns = (render.Column("NAME"), render.Column("COSINE", 1), render.Column("", picture=True))
+    rows = [("a", "+0.5", "####"), ("b", "-1.0", "########")]
+    assert render.table(columns, rows, 22)[2] == "b     -1.0    ########"
+    assert render.table(columns, rows, 21) == ["NAME  COSINE", "a     +0.5", "b     -1.0"]
+    assert render.table(columns, rows, 11) == ["a", "  COSINE", "  +0.5", "b", "  COSINE", "  -1.0"]
+
+
+def _figures(text: str) -> list[str]:
+    return [word for word in text.split() if any(c.isdigit() for c in word)]
+
+
+def _assert_whole_on_every_screen(shown: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the width, every word with a digit in it is there, if across two lines."""
+    monkeypatch.delenv("COLUMNS")
+    piped = shown()
+    assert _figures(piped)
+    for columns in (200, 80, 40, 20, 5):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        squeezed = "".join(shown().split())
+        assert [word for word in _figures(piped) if word not in squeezed] == [], columns
+
+
+@pytest.mark.parametrize("command", ["list", "show sql", "log sql", "verify", "search sql"])
+def test_no_figure_is_lost_on_a_narrow_screen(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    card = Card(
+        base={"name": "smollm2-135m-instruct", "quantization": "nf4", "fingerprint": {"digest": "7a" * 32}},
+        metrics={"test": {"sql_execution": 0.719, "exact_match": 0.283}},
+        origin={"kind": "trained", "losses": [2.5, 1.25]},
+        created="2020-01-31T12:34:56Z",
+    )
+    store.put("sql", lora_files(), card)
+    store.alias("sql", "prod", 1)
+    _assert_whole_on_every_screen(lambda: ahl(*command.split(), "--store", store.path).stdout, monkeypatch)
+
+
+def test_no_figure_of_a_comparison_is_lost_on_a_narrow_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = tuple(Overlap(f"model.layers.{i}.self_attn", "delta", 1.25, 3.5, 0.123 * i) for i in range(15))
+    found = difference(
+        weights=Comparison("lora", layers, layers, (Overlap("whole", "delta", 4.75, 5.5, 6.0),)),
+        metrics=(MetricChange("validation", "sql_execution", 0.512, 0.768, False),),
+        recipe=(Change("training.learning_rate", 0.00125, 0.0375),),
+        made=(Change("adapter.parameters", 4884480, 230400),),
+    )
+    _assert_whole_on_every_screen(lambda: "\n".join(difference_lines(found)), monkeypatch)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert all(len(line) <= 40 for line in difference_lines(found) if line.startswith("  "))
+    none = difference(weights=Comparison("lora", (), (), (Overlap("whole", "delta", 4.75, 5.5, 6.0),)))
+    assert any("4.75" in line for line in difference_lines(none))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +130,7 @@ def test_ages(ago: int, text: str) -> None:
 def test_ages_beyond_use_are_dates() -> None:
     assert render.age("2020-01-31T12:00:00Z") == "2020-01-31"
     assert render.age("2999-01-31T12:00:00Z") == "2999-01-31"  # another machine's clock
-    assert render.age("nonsense") == ""
+    assert render.age("nonsense") == render.age("2020-01-31") == ""
 
 
 def test_sparklines() -> None:
@@ -64,6 +138,63 @@ def test_sparklines() -> None:
     assert render.sparkline([1, 1]) == "▁▁"
     assert render.sparkline([3, 2, 1]) == "█▅▁"
     assert len(render.sparkline([float(i) for i in range(1000)])) == 48
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_pictures_are_of_characters_that_the_output_has(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    plain = encoding != "utf-8"
+    assert render.sparkline([3, 2, 1]) == ("#=_" if plain else "█▅▁")
+    assert render.sparkline([float(i) for i in range(8)]) == ("_.:-=+*#" if plain else "▁▂▃▄▅▆▇█")
+    assert render.cut("abcdef", 5) == ("ab..." if plain else "abcd…")
+    rows = (Overlap("half", "delta", 2.0, 2.0, 2.0), Overlap("little", "delta", 2.0, 2.0, 0.25))
+    recipe = (Change("task.system", "x" * 300, "x" * 299 + "y"),)
+    text = "\n".join(difference_lines(difference(weights=Comparison("lora", rows, rows, ()), recipe=recipe)))
+    assert ("+0.500  ####\n" in text) == plain
+    assert ("+0.500  ████\n" in text) != plain
+    text.encode(encoding)
+
+
+def test_show_in_ascii_has_no_escapes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterhub_lite.cli.render.shows", lambda text: text.isascii())
+    (line,) = [line for line in ahl("show", "parrot", "--store", shop.store).stdout.splitlines() if "loss  " in line]
+    assert re.fullmatch(r"loss +#[_.:=+*#-]+ [\d.]+ -> [\d.]+, 3 steps", line)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 rows"), (1, "1 row"), (2000, "2,000 rows"), (None, "None rows"), (1.0, "1.0 row")]
+)
+def test_one_of_a_thing_is_not_many(count: float | None, text: str) -> None:
+    assert render.counted(count, "rows") == text
+
+
+def test_amounts_of_progress() -> None:
+    said = [amount(Progress("x", done, total, unit)) for done, total, unit in ((0, 1, "rows"), (1, 0, "tensors"))]
+    assert said == ["0 of 1 row", "1 tensor"]
+    assert amount(Progress("x", 1200, 3000, "rows")) == "1,200 of 3,000 rows"
+    assert amount(Progress("x", 4_000_000, 0, "B")) == "4.0 MB"
+
+
+def test_an_imported_version_shows_when_it_came_and_when_it_was_made(shop: Shop, tmp_path: Path) -> None:
+    exported = tmp_path / "out"
+    store = shutil.copytree(shop.store, tmp_path / "store", copy_function=shutil.copy)
+    there = Store(tmp_path / "there")
+    old = Card(origin={"kind": "trained", "losses": [1.0]}, created="2020-01-31T12:00:00Z")
+    there.put("old", lora_files(), old)
+    there.export("old", exported)
+    ahl("import", exported, "--name", "old", "--store", store)
+    text = ahl("show", "old", "--store", store).stdout
+    received = Store(store).received("old")
+    assert received is not None
+    assert text.splitlines()[0] == f"old@1: lora, imported just now ({received['time']})"
+    assert re.search(r"^trained +2020-01-31T12:00:00Z, by its maker's word$", text, re.MULTILINE)
+    log = ahl("log", "old", "--store", store).stdout
+    assert "imported, lora" in log
+    assert "received" not in text + log
+    here = ahl("show", "parrot", "--store", store).stdout
+    card = json.loads((store / "adapters/parrot/1/card.json").read_bytes())
+    assert here.startswith(f"parrot@1: lora, trained {render.age(card['created'])} ({card['created']})")
+    assert "maker's word" not in here
 
 
 def test_printable_escapes_what_steers_a_terminal() -> None:

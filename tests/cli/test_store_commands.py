@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from adapterhub_lite.formats.card import Card
+from adapterhub_lite.names import Ref
 from adapterhub_lite.store import Store
 from tests.checks import assert_store_sound
 from tests.cli.conftest import Shop, ahl, told
+from tests.formats.build import lora_files
 
 
 @pytest.fixture
@@ -79,6 +82,89 @@ def test_alias_moves_and_remembers(store: Path) -> None:
     assert [move["version"] for move in history] == [1, None]
 
 
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """Three versions of sql and one of other."""
+    made = Store(tmp_path / "three")
+    for seed in range(3):
+        made.put("sql", lora_files(seed), Card())
+    made.put("other", lora_files(5), Card())
+    return made.path
+
+
+def test_alias_takes_a_reference_of_its_name(three: Path) -> None:
+    for text, line in (
+        ("sql@1", "sql:prod -> sql@1\n"),
+        ("@2", "sql:prod -> sql@2 (was sql@1)\n"),
+        ("3", "sql:prod -> sql@3 (was sql@2)\n"),
+        ("sql@3", "sql:prod -> sql@3\n"),
+    ):
+        assert ahl("alias", "sql:prod", text, "--store", three).stdout == line
+    assert told("alias", "sql:next", "sql:prod", "--store", three)["version"] == 3
+    assert told("alias", "sql:prod", "1", "--store", three)["from"] == 3
+    other = ahl("alias", "sql:prod", "other@1", "--store", three)
+    assert other.exit_code == 2
+    assert "other@1 is no version of sql" in other.stderr
+    assert "Versions are 1, 2, 3" in ahl("alias", "sql:prod", "latest", "--store", three).stderr
+    assert ahl("alias", "sql:prod", "--remove", "--store", three).stdout == "sql:prod is taken away (was sql@1)\n"
+
+
+def test_alias_tells_its_moves_by_whole_names(three: Path) -> None:
+    opened = Store(three)
+    opened.alias("sql", "prod", 1)
+    opened.alias("sql", "prod", 2, event="promote")
+    opened.refuse("sql", "prod", 3, {})
+    opened.rollback("sql", "prod")
+    opened.unalias("sql", "prod")
+    lines = ahl("alias", "sql:prod", "--store", three).stdout.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == [
+        "sql:prod is taken away",
+        "sql:prod set to sql@1",
+        "sql:prod promoted to sql@2",
+        "sql:prod NOT promoted to sql@3",
+        "sql:prod rolled back to sql@1",
+        "sql:prod taken away",
+    ]
+
+
+def test_a_damaged_alias_can_be_set_again(three: Path) -> None:
+    Store(three).alias("sql", "prod", 1)
+    (three / "aliases/sql/prod@1/move.json").unlink()
+    assert ahl("alias", "sql:prod", "--store", three).exit_code == 1
+    assert ahl("alias", "sql:prod", "2", "--store", three).stdout == "sql:prod -> sql@2\n"
+    found = told("alias", "sql:prod", "3", "--store", three)
+    assert (found["version"], found["from"], found["history"]) == (3, 2, None)
+
+
+def test_remove_says_which_aliases_go_with_it(three: Path) -> None:
+    opened = Store(three)
+    for alias in ("prod", "next"):
+        opened.alias("sql", alias, 2)
+    opened.alias("sql", "old", 1)
+    refused = ahl("remove", "sql@2", "--store", three)
+    assert refused.exit_code == 1
+    assert "in use by sql:next, sql:prod" in refused.stderr
+    assert "ahl remove sql@2 --force" in refused.stderr
+    forced = ahl("remove", "sql@2", "--force", "--store", three)
+    assert forced.stdout == "removed sql@2, and its aliases sql:next, sql:prod\n"
+    assert told("remove", "sql:old", "--force", "--store", three)["aliases"] == ["sql:old"]
+    assert told("remove", "sql@3", "--store", three)["aliases"] == []
+
+
+def test_an_alias_that_was_moved_away_meanwhile_is_not_told_as_gone(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = Store.remove
+    Store(three).alias("sql", "prod", 2)
+
+    def late(store: Store, ref: Ref, force: bool) -> Ref:
+        Store(three).alias("sql", "prod", 3)
+        return remove(store, ref, force)
+
+    monkeypatch.setattr(Store, "remove", late)
+    assert ahl("remove", "sql@2", "--force", "--store", three).stdout == "removed sql@2\n"
+
+
 @pytest.mark.parametrize("wrong", [["parrot", "1"], ["parrot:prod", "1", "--remove"]])
 def test_alias_refuses_what_makes_no_sense(store: Path, wrong: list[str]) -> None:
     assert ahl("alias", *wrong, "--store", store).exit_code == 2
@@ -87,8 +173,8 @@ def test_alias_refuses_what_makes_no_sense(store: Path, wrong: list[str]) -> Non
 def test_export_then_import_is_the_same_adapter(store: Path, tmp_path: Path) -> None:
     exported = told("export", "parrot@1", tmp_path / "out", "--store", store)
     assert (Path(exported["path"]) / "adapter_config.json").is_file()
-    made = told("import", tmp_path / "out", "--name", "copy", "--base", "renamed", "--store", store)
-    assert (made["ref"], made["base"]) == ("copy@1", "renamed")
+    made = told("import", tmp_path / "out", "--name", "copy", "--store", store)
+    assert (made["ref"], made["digest"], made["outcome"]) == ("copy@1", exported["digest"], "stored")
     files = [told("show", ref, "--store", store)["files"]["adapter_model.safetensors"] for ref in ("parrot", "copy")]
     assert files[0] == files[1]
     assert_store_sound(store)
@@ -136,6 +222,9 @@ def test_a_damaged_version_does_not_hide_the_others(store: Path) -> None:
 
 def test_hostile_text_of_a_folder_cannot_steer_the_terminal(store: Path, tmp_path: Path) -> None:
     ahl("export", "parrot@1", tmp_path / "out", "--store", store)
-    assert ahl("import", tmp_path / "out", "--name", "odd", "--base", "a\x1b[2Jb", "--store", store).exit_code == 0
-    for arguments in (["list"], ["show", "odd"]):
-        assert "\x1b" not in ahl(*arguments, "--store", store).stdout
+    Store(store).import_(tmp_path / "out", "odd", {"name": "a\x1b[2Jb"})
+    for arguments in (["list"], ["show", "odd"], ["log", "odd"], ["import", str(tmp_path / "out"), "--name", "odd"]):
+        result = ahl(*arguments, "--store", store)
+        assert result.exit_code == 0, result.stderr
+        assert "[2Jb" in result.stdout
+        assert "\x1b" not in result.stdout

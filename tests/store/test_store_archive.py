@@ -97,7 +97,7 @@ def test_what_came_along_is_a_claim(store: Store, other: Store, made: Ref, tmp_p
     assert store.received(made) is None
     (entry,) = other.list()
     assert entry.summary["origin"] == "imported"
-    assert [event.kind for event in other.log("sql")] == ["received"]
+    assert [event.kind for event in other.log("sql")] == ["imported"]
     other.remove(there)  # its claimed parent and path hold nothing back
 
 

@@ -123,3 +123,48 @@ def test_a_file_system_without_links(tmp_path: Path) -> None:
     digests = {store.put("sql", lora_files(), CARD).digest for _ in range(2)}
     assert len(digests) == 1
     assert store.verify() == []
+
+
+class Unwritable(Unsynced):
+    """A file system that was mounted to be read only."""
+
+    def create(self, path: Path, mode: int) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+
+def test_preparing_finds_that_nothing_can_be_written(tmp_path: Path) -> None:
+    path = prepared(tmp_path / "store")
+    with pytest.raises(StoreError, match=r"Could not write into the store: Read-only.*another store with --store"):
+        Store(path, fs=Unwritable()).prepare()
+    assert Store(path).resolve("sql:prod").version == 1
+
+
+@pytest.mark.parametrize("kind", ["write", "fsync", "unlink"])
+def test_preparing_tries_all_of_it(tmp_path: Path, kind: str) -> None:
+    class Refusing(Unsynced):
+        def __getattribute__(self, name: str) -> object:
+            return refuse if name == kind else super().__getattribute__(name)
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(StoreError, match="Could not write into the store: Input/output error"):
+        Store(prepared(tmp_path / "store"), fs=Refusing()).prepare()
+
+
+def test_preparing_leaves_nothing(tmp_path: Path) -> None:
+    for path in (prepared(tmp_path / "store"), tmp_path / "new"):
+        Store(path, fs=Unsynced()).prepare()
+        assert list((path / "tmp").iterdir()) == []
+        assert (path / "store.json").is_file()
+
+
+def test_preparing_a_full_disk_says_so(tmp_path: Path) -> None:
+    class Full(Unsynced):
+        def write(self, fd: int, data: memoryview) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = prepared(tmp_path / "store")
+    with pytest.raises(StoreFull, match="no space left"):
+        Store(path, fs=Full()).prepare()
+    assert list((path / "tmp").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from adapterhub_lite.errors import StoreCorrupt
 from adapterhub_lite.formats.card import Card
-from adapterhub_lite.store import Store
+from adapterhub_lite.store import FileFact, Store
 from adapterhub_lite.store.fs import FileSystem
 from tests.checks import assert_store_sound
 from tests.formats.build import lora_files
@@ -84,6 +85,60 @@ def test_young_work_is_left_alone_unless_told(store: Store) -> None:
     assert young.exists()
     assert [one.path for one in store.gc(older_than=0.0)] == ["tmp/.young"]
     assert not young.exists()
+
+
+class Stuck(Unsynced):
+    """Nothing can be removed."""
+
+    def unlink(self, path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    rmdir = unlink
+
+
+def test_what_cannot_be_removed_is_told(store: Store) -> None:
+    left = leave(store)
+    told = store.gc(dry_run=True)
+    swept = Store(store.path, fs=Stuck()).sweep()
+    assert {one.path for one in swept.kept} >= left
+    assert {one.path for one in (*swept.gone, *swept.kept)} == {one.path for one in told}
+    assert not any((store.path / one.path).exists() for one in swept.gone)
+    assert store.sweep().kept == []
+
+
+def test_young_work_is_counted(store: Store) -> None:
+    leave(store)
+    (store.path / "tmp" / ".young").mkdir()
+    assert store.sweep(dry_run=True).younger == 1
+    assert store.sweep().younger == 1
+    assert store.sweep(older_than=0.0).younger == 0
+
+
+def test_copies_of_equal_content_are_told(tmp_path: Path) -> None:
+    class Linkless(Unsynced):
+        def link(self, source: Path, target: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+    sizes = {}
+    for kind, fs in (("linked", Unsynced()), ("copied", Linkless())):
+        store = Store(tmp_path / kind, fs=fs)
+        for name in ("a", "b", "c"):
+            store.put(name, lora_files(0), CARD)
+        sizes[kind] = store.sweep().copied
+    assert sizes == {"linked": 0, "copied": 2 * sum(fact.size for fact in _shared(store))}
+
+
+def _shared(store: Store) -> list[FileFact]:
+    return [fact for file, fact in store.manifest("a@1").files.items() if file != "card.json"]
+
+
+def test_an_object_is_told_as_a_copy_where_versions_have_its_content(store: Store, tmp_path: Path) -> None:
+    copied = Store(shutil.copytree(store.path, tmp_path / "copied"), fs=Unsynced())  # hard links are lost
+    (told, *_) = {one.reason for one in copied.gc()}
+    assert told == "versions hold this content as copies of their own"
+    copied.remove("sql@2")
+    assert copied.gc() == []
+    assert copied.verified_folder("sql@1")
 
 
 def test_a_put_and_a_collection_at_the_same_time(tmp_path: Path) -> None:

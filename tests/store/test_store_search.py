@@ -33,7 +33,7 @@ def card(accuracy: float, base: str, task: str = "instruct", **more: Any) -> Car
         base={"name": base, "quantization": "nf4", "fingerprint": mark},
         task={"type": task},
         metrics={"test": {"accuracy": accuracy}, "validation": {"loss": 1.5}},
-        data={"train": {"source": "reviews.jsonl", "rows": 4}},
+        data={"train": {"source": "reviews.jsonl", "rows": 4, "path": more.pop("path", ""), "sha256": "5e" * 32}},
         created=more.pop("created", "2026-01-31T12:00:00Z"),
         **more,
     )
@@ -42,7 +42,7 @@ def card(accuracy: float, base: str, task: str = "instruct", **more: Any) -> Car
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     made = Store(tmp_path / "store", fs=Unsynced())
-    made.put("sql", lora_files(0), card(0.7, "smollm2-135m-instruct", seed=3))
+    made.put("sql", lora_files(0), card(0.7, "smollm2-135m-instruct", seed=3, path="/home/me/recipes/sql/train.jsonl"))
     made.put("sql", lora_files(1), card(0.9, "smollm2-135m-instruct", created="2026-03-01T00:00:00Z"))
     made.put("topics", lora_files(2), card(0.85, "minilm-l6", "classify", parents=["sql@1"]))
     made.alias("sql", "prod", 1)
@@ -73,6 +73,22 @@ def store(tmp_path: Path) -> Store:
         ("seed=3", ["sql@1"]),
         ("parent:sql@1", ["topics@1"]),
         ("data:reviews", ["sql@1", "sql@2", "topics@1"]),
+        ("data:recipes/sql", ["sql@1"]),
+        ("data:me/train", ["sql@1"]),
+        ("data:train.jsonl", ["sql@1"]),
+        ("data:sql/recipes", []),
+        ("data:home", []),
+        ("data:5E5E5e", ["sql@1", "sql@2", "topics@1"]),
+        ("data:e5e5e5", []),  # a digest is known by how it begins
+        ("name:sql@2", ["sql@2"]),
+        ("sql@2", ["sql@2"]),
+        ("sql@1", ["sql@1", "topics@1"]),
+        ("-sql@1", ["sql@2"]),
+        ("BASE:Smollm2 ACCURACY>0.8", ["sql@2"]),
+        ("Version=2", ["sql@2"]),
+        ("Test.Accuracy=0.7", ["sql@1"]),
+        ("created=2026-01-31T12", ["sql@1", "topics@1"]),
+        ("created>2024-02-29", ["sql@1", "sql@2", "topics@1"]),
         ('"minilm-l6"', ["topics@1"]),
         ("nothing-like-it", []),
     ],
@@ -89,6 +105,18 @@ def test_search(store: Store, query: str, expected: list[str]) -> None:
         ("accuracy>high", "'high' is not a number.*accuracy>0.8"),
         ("base>3x", "is not a number"),
         ("created>yesterday", "not a date.*created>2026-01-31"),
+        ("created>2026-13", "'2026-13' is not a date"),
+        ("created>2026-02-29", "is not a date"),
+        ("created>2026-01-01T25", "is not a date"),
+        ("created>", "is not a date"),
+        ("accuracy>", "accuracy> lacks a number.*accuracy>0.8"),
+        ("-accuracy<=", "accuracy<= lacks a number"),
+        ("accuracy > 0.8", "'>' compares nothing.*as one word: accuracy>0.8"),
+        ("name:", "name: says nothing to look for.*name:sql"),
+        ("-DATA:", "data: says nothing"),
+        ("version:2", "Write version=2; one version of a name is NAME@2"),
+        ("rank:16", "There is no field rank:, it is compared. Write rank=16"),
+        ("NAMES:x", "no field names:.*Did you mean name:"),
         ("'open", "Close the quote"),
         ("x" * 3000, "the limit is 2000"),
     ],
@@ -96,6 +124,22 @@ def test_search(store: Store, query: str, expected: list[str]) -> None:
 def test_queries_that_cannot_be_read(store: Store, query: str, words: str) -> None:
     with pytest.raises(FormatError, match=words):
         store.search(query)
+
+
+def test_metrics_are_found_in_any_case(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", fs=Unsynced())
+    store.put("a", lora_files(0), Card(metrics={"Test": {"F1": 0.75}}))
+    store.put("b", lora_files(1), Card(metrics={"test": {"f1": 0.25, "F1": 0.9}}))
+    assert [one.name for one in store.search("F1>0.5")] == ["a"]
+    assert [one.name for one in store.search("test.f1>=0.25")] == ["a", "b"]
+
+
+def test_a_version_is_not_another_that_begins_like_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", fs=Unsynced())
+    for seed in range(11):
+        store.put("sql", lora_files(seed), Card(parents=["sql@10"] if seed == 10 else []))
+    assert [one.version for one in store.search("name:sql@1")] == [1]
+    assert store.search("parent:sql@1") == []
 
 
 @given(st.text(max_size=60))

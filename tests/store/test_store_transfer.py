@@ -11,6 +11,7 @@ from adapterhub_lite.errors import (
     AdapterHubError,
     AdapterMismatch,
     FormatError,
+    InvalidName,
     NotFound,
     StoreCorrupt,
     StoreError,
@@ -42,6 +43,7 @@ def peft_folder(tmp_path: Path) -> Path:
 
 def test_put_export_import_keeps_the_weights(store: Store, tmp_path: Path) -> None:
     first = store.put("sql", lora_files(), Card())
+    (tmp_path / "deep").mkdir()
     folder = store.export(first, tmp_path / "deep" / "out")
     assert sorted(item.name for item in folder.iterdir()) == [CONFIG, WEIGHTS, "card.json", "manifest.json"]
     second = store.import_(folder, "again")
@@ -169,3 +171,38 @@ def test_export_of_a_damaged_version_leaves_nothing(store: Store, tmp_path: Path
     with pytest.raises(StoreCorrupt, match=WEIGHTS):
         store.export(ref, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.tgz", "x.TAR", "X.Zip", "x.tar.bz2", "x.7z"])
+def test_export_writes_no_folder_with_the_name_of_an_archive(store: Store, tmp_path: Path, name: str) -> None:
+    ref = store.put("sql", lora_files(), Card())
+    with pytest.raises(StoreError, match=r"another kind of archive.*ends in \.tar.*or a folder"):
+        store.export(ref, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["out", "out.tar"])
+def test_export_makes_no_folders_above_its_target(store: Store, tmp_path: Path, name: str) -> None:
+    ref = store.put("sql", lora_files(), Card())
+    with pytest.raises(StoreError, match=r"There is no folder .*deep.*Make the folder first"):
+        store.export(ref, tmp_path / "deep" / "er" / name)
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(StoreError, match="is a file, where a folder should be"):
+        store.export(ref, tmp_path / "file" / name)
+
+
+def test_a_link_to_an_archive_is_told_as_a_link(store: Store, tmp_path: Path) -> None:
+    target = store.export(store.put("sql", lora_files(), Card()), tmp_path / "real.tar")
+    (tmp_path / "link.tar").symlink_to("real.tar")
+    with pytest.raises(FormatError, match=rf"is a symbolic link, neither.*Give what it leads to: {target}"):
+        store.import_(tmp_path / "link.tar", "sql")
+    target.unlink()
+    with pytest.raises(NotFound, match="leads to nothing"):
+        store.import_(tmp_path / "link.tar", "sql")
+
+
+@pytest.mark.parametrize("name", ["nul", "con.x", "com1"])
+def test_names_of_devices_are_told_as_such(store: Store, peft_folder: Path, name: str) -> None:
+    with pytest.raises(InvalidName, match=rf"'{name}' is not a valid adapter name: it is the name of a device"):
+        store.import_(peft_folder, name)

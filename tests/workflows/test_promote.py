@@ -401,3 +401,190 @@ def test_the_decision_is_plain(two, base):
     found = promote("mine@1", "prod", store=two.store, base=base)
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
     assert replace(found, accepted=False).moved is False
+
+
+# -- figures that were measured before ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The versions that were measured, in order."""
+    seen = []
+    evaluate = gate.evaluate
+
+    def counted(runtime, task, rows, ref, *more):
+        seen.append(str(ref))
+        return evaluate(runtime, task, rows, ref, *more)
+
+    monkeypatch.setattr(gate, "evaluate", counted)
+    return seen
+
+
+def trained_card(value: float, **metrics: float) -> dict[str, object]:
+    return {"origin": {"kind": "trained"}, "metrics": {"test": {"exact_match": value, **metrics}}}
+
+
+@pytest.fixture
+def trained(shelf):
+    """mine@1 and mine@2 as training leaves them: with figures of their own test data, right in 7 and 3 of 10 rows."""
+    data = shelf.rows("test.jsonl", {1: 7, 2: 3})
+    shelf.put(1, data, **trained_card(0.7), created="2026-01-01T00:00:00Z")
+    shelf.put(2, data, **trained_card(0.3), created="2026-02-01T00:00:00Z")
+    return shelf
+
+
+def test_figures_of_the_training_are_not_measured_again(trained, measured, monkeypatch):
+    monkeypatch.setattr(gate, "load_own_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    first = promote("mine@2", "prod", store=trained.store)
+    assert (first.moved, first.candidate_value) == (True, 0.3)
+    assert (first.candidate_figure.source, first.candidate_figure.time) == ("card", "2026-02-01T00:00:00Z")
+    found = promote("mine@1", "prod", store=trained.store)
+    assert (found.candidate_value, found.current_value, found.moved) == (0.7, 0.3, True)
+    assert "0.7 is better than 0.3 of mine@2" in found.why
+    assert measured == []
+
+
+def test_a_recorded_figure_says_what_a_new_one_does(trained, base, measured):
+    """The recorded ones are told apart by being wrong: 0.7 and 0.3 are right."""
+    data = trained.folder / "test.jsonl"
+    trained.put(1, data, **trained_card(0.25))
+    assert promote("mine@3", "a", store=trained.store).candidate_value == 0.25
+    found = promote("mine@3", "b", store=trained.store, base=base, again=True)
+    assert (found.candidate_value, found.candidate_figure.source) == (0.7, "now")
+    assert measured == ["mine@3"]
+
+
+def test_an_earlier_decision_is_not_measured_again(two, base, measured, loaded):
+    first = promote("mine@2", "prod", store=two.store, base=base)
+    assert first.candidate_figure.source == "now"
+    promote("mine@1", "prod", store=two.store, base=base)
+    assert measured == ["mine@2", "mine@1"]
+    again = promote("mine@2", "prod", store=two.store, margin=1)
+    assert (again.candidate_figure.source, again.current_figure.source) == ("log", "log")
+    assert (again.candidate_value, again.current_value) == (0.3, 0.7)
+    assert again.candidate_figure.time == first.candidate_figure.time
+    other = promote("mine@1", "other", store=two.store)
+    assert (other.candidate_value, other.candidate_figure.source) == (0.7, "log")
+    assert (measured, loaded) == (["mine@2", "mine@1"], [])
+
+
+def test_only_what_is_missing_is_measured(trained, base, measured):
+    trained.put(3, trained.folder / "test.jsonl")
+    trained.store.alias("mine", "prod", 2)
+    found = promote("mine@3", "prod", store=trained.store, base=base, margin=1)
+    assert (found.candidate_figure.source, found.current_figure.source) == ("now", "card")
+    assert measured == ["mine@3"]
+
+
+def test_other_rows_are_measured(trained, base, measured):
+    found = promote("mine@1", "prod", store=trained.store, base=base, data=trained.rows("new.jsonl", {1: 9}))
+    assert (found.candidate_value, measured) == (0.9, ["mine@1"])
+    again = promote("mine@1", "other", store=trained.store, data=trained.rows("new.jsonl", {1: 8}))
+    assert (again.candidate_value, measured) == (0.8, ["mine@1", "mine@1"])
+
+
+def test_another_base_is_measured(shelf, tiny_base, measured):
+    """The card's figure is of the dense base; the one that is given is quantised."""
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    dense, packed = tiny_base("llama", **wide), tiny_base("llama", "nf4", **wide)
+    data = Shelf(dense, shelf.store, shelf.folder).rows("test.jsonl", {1: 10})
+    shelf.put(1, data, base=dense, **trained_card(0.123))
+    shelf.put(2, data, base=dense, **trained_card(0.456))
+    shelf.store.alias("mine", "prod", 2)
+    found = promote("mine@1", "prod", store=shelf.store, base=packed)
+    assert measured == ["mine@1", "mine@2"]
+    assert {found.candidate_figure.base, found.current_figure.base} == {packed.fingerprint.digest}
+    assert promote("mine@1", "other", store=shelf.store, base=dense).candidate_value == 0.123
+    assert promote("mine@1", "third", store=shelf.store, base=packed).candidate_figure.source == "log"
+
+
+def test_a_decision_on_another_base_is_no_evidence(shelf, tiny_base, measured):
+    wide = {"hidden_size": 64, "intermediate_size": 128}
+    dense, packed = tiny_base("llama", **wide), tiny_base("llama", "nf4", **wide)
+    shelf.put(1, Shelf(dense, shelf.store, shelf.folder).rows("test.jsonl", {1: 10}), base=dense)
+    for alias, base in (("a", packed), ("b", dense), ("c", dense)):
+        found = promote("mine@1", alias, store=shelf.store, base=base)
+        assert found.candidate_figure.base == base.fingerprint.digest
+    assert measured == ["mine@1", "mine@1"]
+    assert found.candidate_value == 1.0
+
+
+def test_another_judge_or_metric_is_measured(trained, base, measured):
+    task = {**TASK, "system": "Answer."}
+    trained.put(3, trained.folder / "test.jsonl", task=task, **trained_card(0.9))
+    trained.store.alias("mine", "prod", 2)
+    found = promote("mine@3", "prod", store=trained.store, base=base)
+    assert (found.candidate_value, found.current_figure.source, measured) == (0.9, "now", ["mine@2"])
+    trained.put(1, trained.folder / "test.jsonl", origin={"kind": "trained"}, metrics={"test": {"loss": 0.5}})
+    assert promote("mine@4", "x", store=trained.store, base=base).candidate_figure.source == "now"
+
+
+@pytest.mark.parametrize("origin", [{"kind": "imported"}, {"kind": "combined"}, {}])
+def test_figures_of_another_origin_are_no_evidence(shelf, base, measured, origin):
+    shelf.put(1, shelf.rows("test.jsonl", {1: 4}), **{**trained_card(1.0), "origin": origin})
+    assert promote("mine@1", "prod", store=shelf.store, base=base).candidate_value == 0.4
+    assert measured == ["mine@1"]
+
+
+def test_what_an_imported_version_claims_is_no_evidence(shelf, base, measured, tmp_path):
+    """Its card says that it was trained and is right in all rows; the current one is right in 7."""
+    data = shelf.rows("test.jsonl", {1: 7, 2: 3})
+    shelf.put(1, data, **trained_card(0.7))
+    liar = Shelf(base, Store(tmp_path / "liar"), shelf.folder)
+    out = liar.store.export(liar.put(2, data, **trained_card(1.0)), tmp_path / "out.tar")
+    shelf.store.import_(out, "mine")
+    shelf.store.alias("mine", "prod", 1)
+    found = promote("mine@2", "prod", store=shelf.store, base=base, data=data)
+    assert (found.accepted, found.candidate_value, found.current_value) == (False, 0.3, 0.7)
+    assert measured == ["mine@2"]
+    again = promote("mine@2", "prod", store=shelf.store, base=base, data=data)
+    assert (again.candidate_value, again.candidate_figure.source) == (0.3, "log")
+
+
+def test_a_foreign_version_without_fingerprint_is_found_in_the_log(two, base, measured, tmp_path, monkeypatch):
+    """Its base must be loaded to know which one it is; the rows are not answered again."""
+    monkeypatch.setattr(gate, "load_own_base", lambda *_, **__: base)
+    files = {f: two.store.folder("mine@1") / f for f in ("adapter_config.json", "adapter_model.safetensors")}
+    (tmp_path / "peft").mkdir()
+    for name, path in files.items():
+        (tmp_path / "peft" / name).write_bytes(path.read_bytes())
+    card = two.store.card(two.store.import_(tmp_path / "peft", "x"))
+    two.store.put("mine", dict(files), replace(card, task=TASK))
+    data = two.folder / "test.jsonl"
+    for source in ("now", "log"):
+        found = promote("mine@3", source, store=two.store, data=data)
+        assert (found.candidate_figure.source, found.candidate_value) == (source, 0.7)
+    assert measured == ["mine@3"]
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [None, {}, {"value": True}, {"value": 2.0}, {"value": "0.9"}, {"value": 0.9, "digest": "0" * 64}, {"value": 0.9}],
+)
+def test_a_log_that_says_nonsense_is_no_evidence(two, base, measured, figure):
+    kept = promote("mine@1", "prod", store=two.store, base=base).to_dict()
+    two.store.alias("mine", "prod", 1, event="set")
+    two.store.unalias("mine", "prod")
+    fresh = Store(two.store.path)
+    told = {**kept, "candidate_figure": figure}
+    name = {"value": 0.9, "digest": kept["candidate_figure"]["digest"], "base": kept["candidate_figure"]["base"]}
+    fresh.alias("mine", "odd", 1, event="promote", reason={**told, "judge": "another", "current_figure": name})
+    fresh.alias("mine", "odd", 1, event="promote", reason=told)
+    measured.clear()
+    assert promote("mine@1", "new", store=fresh, base=base).candidate_value == 0.7
+    assert measured == ["mine@1"]
+
+
+@pytest.mark.parametrize(
+    ("own", "now", "margin", "accepted", "words"),
+    [
+        (0.7, 0.3, 0.0, True, "0.7 is better than 0.3 of x"),
+        (0.5, 0.5, 0.0, True, "0.5 equals that of x"),
+        (0.1, 0.3, 0.3, True, "0.1 is worse than 0.3 of x by 0.2, within the margin of 0.3"),
+        (0.1, 0.7, 0.3, False, "0.1 is worse than 0.7 of x by 0.6, more than the margin of 0.3"),
+        (0.1, 0.7, 0.0, False, "0.1 is worse than 0.7 of x"),
+        (0.33333, 0.33334, 0.0, False, "0.33333 is worse than 0.33334 of x"),
+    ],
+)
+def test_how_two_figures_compare_in_words(own: float, now: float, margin: float, accepted: bool, words: str):
+    assert gate._compared(own, now, "of x", margin) == (accepted, words)

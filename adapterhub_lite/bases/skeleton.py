@@ -1,0 +1,32 @@
+"""A base without its weights: modules and shapes on the meta device, made from its configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .load import checked_config
+from .quiet import quiet
+from .views import View, kind_of, make_view
+
+
+def skeleton(folder: Path, task_type: str | None) -> View:
+    """The modules of the checkpoint in `folder` as PEFT's `task_type` sees them; no tensor of it is read.
+
+    Raises:
+        BaseUnavailable, Unsupported: its configuration is not one of a base.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    config = checked_config(folder)
+    kind = kind_of(config)
+    classes = {
+        "causal": AutoModelForCausalLM,
+        "seq2seq": AutoModelForSeq2SeqLM,
+        "encoder": AutoModelForSequenceClassification,
+    }
+    plain = {key: value for key, value in config.items() if key != "model_type"}
+    with quiet(), torch.device("meta"):
+        model = classes[kind].from_config(AutoConfig.for_model(config["model_type"], **plain))
+        return make_view(model, kind, task_type if task_type in ("SEQ_CLS", "FEATURE_EXTRACTION") else "default")

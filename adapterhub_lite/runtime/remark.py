@@ -1,0 +1,39 @@
+"""Say that a base is not exactly an adapter's own: to whoever listens, else as a Python warning."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from ..bases.load import Base
+from ..errors import BaseDiffers
+from ..events import Listener, Note, ignore
+
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_warned: set[tuple[str, str, str]] = set()
+"""Adapter, base and dtype of what this process was warned of."""
+
+
+def remark(text: str, digest: str, base: Base, on_event: Listener) -> None:
+    """Give `text` to a listener as a Note; without one, warn of the adapter with this digest once on this base."""
+    if on_event is not ignore:
+        on_event(Note(text, "warning"))
+        return
+    pair = (digest, base.fingerprint.digest, base.choices["dtype"].value)
+    if pair not in _warned:
+        _warned.add(pair)
+        warnings.warn(text, BaseDiffers, stacklevel=_caller())
+
+
+def _caller() -> int:
+    """The `stacklevel` for the function that called this one: the first frame outside this package.
+
+    Ours may lie on both sides of a frame of contextlib.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, contextlib.__file__)):
+        level, frame = level + 1, frame.f_back
+    return level
