@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import AdapterMismatch, NoEffect
 from ..formats.peft_config import LoraSpec
 from .adapter import Adapter, check_finite
 from .lora import LoraSite, fit_lora, split_tensors
+from .pack import Group, Pack, pack, unpack
 from .prefix import FittedPrefix, fit_prefix, prefix_shape
 
 # Outputs of a layer are of the order of 1; float32 does not see less than this beside them.
@@ -52,6 +53,7 @@ class Fitted:
         sites: module -> its change; empty for prefixes.
         prefix: keys and values, or None.
         head: the classification head, or None.
+        packs: the tensors of `sites` as a runtime's products read them (`packed`).
     """
 
     name: str
@@ -61,6 +63,7 @@ class Fitted:
     prefix: FittedPrefix | None
     head: nn.Module | None
     tensors: int
+    packs: dict[Group, Pack] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +90,11 @@ class Fitted:
             self.head.to(device, dtype) if self.head is not None else None,
             self.tensors,
         )
+
+    def packed(self, groups: Iterable[Group]) -> Fitted:
+        """The same adapter, packed for layers that share their input; `sites` become views of the packs."""
+        packs = pack(self.sites, groups)
+        return replace(self, packs=packs, sites={m: s for g, p in packs.items() for m, s in unpack(g, p)})
 
 
 def fit(adapter: Adapter, target: Target) -> Fitted:

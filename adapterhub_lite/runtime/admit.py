@@ -37,7 +37,7 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
     Raises:
         AdapterMismatch: it does not fit exactly.
     """
-    fitted = fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype)
+    fitted = fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype).packed(base.siblings)
     if not fitted.finite:  # zero times infinity would reach the other rows of a batch
         raise AdapterMismatch(
             f"{adapter.name}: its scale makes infinity of its tensors in {base.choices['dtype'].value}.",

@@ -1,20 +1,36 @@
-"""Compose the adapters of a batch, one a row, into one plan: site changes, prefixes, heads."""
+"""Compose the adapters of a batch, one a row, into one plan: changes of layers, prefixes, heads."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from ..adapters.fit import Fitted
-from ..adapters.lora import LoraSite
+from ..adapters.pack import Group, Pack
 from ..bases.inputs import PrefixRows
-from .sites import SiteBatch
+from .lanes import deal
+from .sites import GroupChange, Part
 
 Row = Fitted | None
+Ups = tuple[tuple[int, int, torch.Tensor] | None, ...]
+_RANK_CLASSES = (16, 64, 256)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of some adapters of one rank class, lane by lane.
+
+    Attributes:
+        groups: group of layers -> (down [lanes, in, R], up of each layer), as `Part` has them.
+    """
+
+    adapters: tuple[Fitted, ...]
+    groups: dict[Group, tuple[torch.Tensor, Ups]]
 
 
 @dataclass(frozen=True)
@@ -22,99 +38,133 @@ class BatchPlan:
     """What every row of a batch uses."""
 
     rows: tuple[Row, ...]
-    sites: dict[nn.Module, SiteBatch]
+    stacks: tuple[Stack, ...]
     prefix: PrefixRows | None
+    device: torch.device
+
+    @cached_property
+    def groups(self) -> dict[Group, GroupChange]:
+        """The change of every group of layers that some row changes."""
+        parts: dict[Group, list[Part]] = {}
+        for stack in self.stacks:
+            lanes = {adapter.digest: i for i, adapter in enumerate(stack.adapters)}
+            dealt = deal([lanes.get(r.digest, -1) if r else -1 for r in self.rows], len(lanes), self.device)
+            for group, (down, ups) in stack.groups.items():
+                parts.setdefault(group, []).append(Part(dealt, down, ups))
+        return {group: self._change(group, found) for group, found in parts.items()}
+
+    @cached_property
+    def sites(self) -> dict[nn.Module, GroupChange]:
+        """The change of every layer by itself."""
+        return {
+            module: change if len(group) == 1 else change.member(i)
+            for group, change in self.groups.items()
+            for i, module in enumerate(group)
+        }
 
     @property
     def heads(self) -> list[nn.Module | None]:
         """The classification head of each row."""
         return [row.head if row else None for row in self.rows]
 
-    def select(self, keep: torch.Tensor) -> BatchPlan:
+    def select(self, keep: Sequence[int]) -> BatchPlan:
         """The plan for a part of the rows; prefixes are in the cache by then and are not carried."""
-        rows = tuple(self.rows[i] for i in keep.tolist())
-        return BatchPlan(rows, {m: s.select(keep) for m, s in self.sites.items()}, None)
+        rows = tuple(self.rows[i] for i in keep)
+        used = {r.digest for r in rows if r is not None}
+        stacks = tuple(s for s in self.stacks if any(a.digest in used for a in s.adapters))
+        return BatchPlan(rows, stacks, None, self.device)
+
+    def _change(self, group: Group, parts: list[Part]) -> GroupChange:
+        packs = [row.packs.get(group) if row else None for row in self.rows]
+        members = range(len(group))
+        gains = tuple(_per_row([None if p is None else p.gains[i] for p in packs]) for i in members)
+        biases = tuple(_per_row([None if p is None else p.biases[i] for p in packs]) for i in members)
+        return GroupChange(tuple(parts), gains, biases)
 
 
 class Composer:
-    """Builds plans, and remembers the stacked matrices of the compositions used last (keyed by digest)."""
+    """Builds plans, and remembers the stacks of the compositions used last (keyed by digest)."""
 
-    def __init__(self, remembered: int = 8) -> None:
-        self._stacks: OrderedDict[tuple[str, ...], dict[nn.Module, _Stack]] = OrderedDict()
+    def __init__(self, remembered: int = 4) -> None:
+        self._stacks: OrderedDict[tuple[str, ...], Stack] = OrderedDict()
         self._remembered = remembered
 
     def compose(self, rows: Sequence[Row], device: torch.device) -> BatchPlan:
         """One adapter or None a row -> the plan of the batch."""
-        active = list({r.digest: r for r in rows if r is not None and r.sites}.values())
-        index = {r.digest: i for i, r in enumerate(active)}
-        owner = torch.tensor([index.get(r.digest, -1) if r else -1 for r in rows], device=device)
-        shared = len(active) == 1 and bool((owner == 0).all())
-        masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
-        sites = {}
-        for module, stack in self._stacked(active).items():
-            if stack.ranks not in masks:
-                ranks = torch.cat([torch.full((n,), i, device=device) for i, n in stack.ranks])
-                masks[stack.ranks] = ranks[None, :] != owner[:, None]
-            sites[module] = stack.for_rows(None if shared else masks[stack.ranks], owner)
-        return BatchPlan(tuple(rows), sites, _prefix_rows(rows))
+        active = {r.digest: r for r in rows if r is not None and r.packs}
+        classes: dict[int, list[Fitted]] = {}
+        for adapter in active.values():
+            classes.setdefault(_rank_class(adapter), []).append(adapter)
+        return BatchPlan(tuple(rows), tuple(self._stack(some) for some in classes.values()), _prefix_rows(rows), device)
 
     def forget(self, digest: str) -> None:
         """Drop every stack that holds this adapter."""
         for key in [k for k in self._stacks if digest in k]:
             del self._stacks[key]
 
-    def _stacked(self, active: list[Fitted]) -> dict[nn.Module, _Stack]:
-        key = tuple(a.digest for a in active)
+    def _stack(self, adapters: list[Fitted]) -> Stack:
+        key = tuple(a.digest for a in adapters)
         if key not in self._stacks:
-            modules = dict.fromkeys(m for a in active for m in a.sites)
-            self._stacks[key] = {
-                m: _stack([(i, a.sites[m]) for i, a in enumerate(active) if m in a.sites]) for m in modules
-            }
-            while len(self._stacks) > self._remembered:
-                self._stacks.popitem(last=False)
+            groups = dict.fromkeys(group for a in adapters for group in a.packs)
+            made = Stack(tuple(adapters), {g: _stack_packs([a.packs.get(g) for a in adapters], g) for g in groups})
+            if len(adapters) > 1:  # one adapter alone is not copied
+                self._stacks[key] = made
+                while len(self._stacks) > self._remembered:
+                    self._stacks.popitem(last=False)
+            return made
         self._stacks.move_to_end(key)
         return self._stacks[key]
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """The matrices of a site for a set of adapters; `ranks` lists (adapter's index, its rank)."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    ranks: tuple[tuple[int, int], ...]
-    gains: dict[int, torch.Tensor]
-    biases: dict[int, torch.Tensor]
-
-    def for_rows(self, drop: torch.Tensor | None, owner: torch.Tensor) -> SiteBatch:
-        gain = _per_row(self.gains, owner, shared=drop is None)
-        bias = _per_row(self.biases, owner, shared=drop is None)
-        return SiteBatch(self.down, self.up, drop, gain, bias)
+def _rank_class(adapter: Fitted) -> int:
+    """Adapters of one class share lanes, whose width is that of the largest rank among them."""
+    rank = max(rank for pack in adapter.packs.values() for rank in pack.ranks)
+    return next((most for most in _RANK_CLASSES if rank <= most), rank)
 
 
-def _stack(members: list[tuple[int, LoraSite]]) -> _Stack:
-    sites = [site for _, site in members]
-    down = sites[0].down if len(sites) == 1 else torch.cat([s.down for s in sites])
-    up = (sites[0].up if len(sites) == 1 else torch.cat([s.up for s in sites], dim=1)).t().contiguous()
-    return _Stack(
-        down,
-        up,
-        tuple((i, s.down.shape[0]) for i, s in members),
-        {i: s.gain for i, s in members if s.gain is not None},
-        {i: s.bias for i, s in members if s.bias is not None},
+def _stack_packs(packs: Sequence[Pack | None], group: Group) -> tuple[torch.Tensor, Ups]:
+    """Lane by lane, with zeros where an adapter has a lower rank than others, or leaves a layer alone."""
+    held = [p for p in packs if p is not None]
+    ranks = tuple(max(column) for column in zip(*(p.ranks for p in held), strict=True))
+    starts = [sum(ranks[:i]) for i in range(len(ranks))]
+    if all(p is not None and p.ranks == ranks for p in packs):
+        down = held[0].down.unsqueeze(0) if len(held) == 1 else torch.stack([p.down for p in held])
+    else:
+        down = held[0].down.new_zeros((len(packs), held[0].down.shape[0], sum(ranks)))
+        for lane, one in enumerate(packs):
+            column = 0
+            for start, rank in zip(starts, one.ranks if one else (), strict=False):
+                assert one is not None
+                down[lane, :, start : start + rank] = one.down[:, column : column + rank]
+                column += rank
+    ups = [_stack_ups([p.ups[i] if p else None for p in packs], rank) if rank else None for i, rank in enumerate(ranks)]
+    return down, tuple(
+        None if up is None else (start, start + rank, up) for up, start, rank in zip(ups, starts, ranks, strict=True)
     )
 
 
-def _per_row(values: dict[int, torch.Tensor], owner: torch.Tensor, *, shared: bool) -> torch.Tensor | None:
-    if not values:
+def _stack_ups(ups: Sequence[torch.Tensor | None], rank: int) -> torch.Tensor:
+    held = [up for up in ups if up is not None]
+    if len(held) == len(ups) == 1:
+        return held[0].unsqueeze(0)
+    if all(up is not None and up.shape[0] == rank for up in ups):
+        return torch.stack(held)
+    stacked = held[0].new_zeros((len(ups), rank, held[0].shape[1]))
+    for lane, up in enumerate(ups):
+        if up is not None:
+            stacked[lane, : up.shape[0]] = up
+    return stacked
+
+
+def _per_row(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One vector a row, zeros where there is none -> [rows, n]; [1, n] where all rows have the same."""
+    some = next((v for v in values if v is not None), None)
+    if some is None:
         return None
-    if shared:
-        return next(iter(values.values()))[None, :]
-    some = next(iter(values.values()))
-    out = some.new_zeros((owner.shape[0], some.shape[0]))
-    for i, value in values.items():
-        out[owner == i] = value
-    return out
+    if all(v is some for v in values):
+        return some[None, :]
+    zeros = torch.zeros_like(some)
+    return torch.stack([zeros if v is None else v for v in values])
 
 
 def _prefix_rows(rows: Sequence[Row]) -> PrefixRows | None:

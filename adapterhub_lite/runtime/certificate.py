@@ -153,8 +153,7 @@ def _outputs(base: Base, rows: list[list[int]], like: Fitted, fitted: Fitted | N
 
 def _hidden_states(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[list[int]]) -> list[torch.Tensor]:
     ids, mask = (t.to(base.device) for t in pad_rows(list(rows), base.pad_id, left=False))
-    hooks.plan = plan.sites
-    with torch.inference_mode():
+    with torch.inference_mode(), hooks.using(plan.sites):
         model = base.view("FEATURE_EXTRACTION").model
         hidden = model(**encoder_inputs(ids, mask, plan.prefix, base.config)).last_hidden_state
     return [hidden[i, : len(row)] for i, row in enumerate(rows)]

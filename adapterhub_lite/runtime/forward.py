@@ -33,12 +33,8 @@ def token_logits(
     else:
         arguments = causal_inputs(ids, mask, plan.prefix, use_cache=False)
         lengths = [len(r) for r in rows]
-    hooks.plan = plan.sites
-    try:
-        with torch.inference_mode():
-            logits = base.model(**arguments).logits
-    finally:
-        hooks.plan = {}
+    with torch.inference_mode(), hooks.using(plan.sites):
+        logits = base.model(**arguments).logits
     return [logits[i, :n] for i, n in enumerate(lengths)]
 
 
@@ -53,12 +49,10 @@ def class_logits(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[l
     else:
         arguments = {"input_ids": ids, "attention_mask": mask}
     assert view.head is not None
-    hooks.plan = plan.sites
     view.head.assign(plan.heads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), hooks.using(plan.sites):
             logits: torch.Tensor = view.model(**arguments).logits
     finally:
-        hooks.plan = {}
         view.head.assign([])
     return logits

@@ -6,13 +6,15 @@ Knows tokens and plans, not texts or names.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..bases.inputs import causal_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
 from .batch import BatchPlan
+from .decoder import Decoder, decoder_of
+from .prefill import prefill
 from .sampling import Sampler
 from .sites import SiteHooks
 
@@ -42,41 +44,94 @@ def decode(
     Args:
         prompts: token ids of each row.
     """
-    loop = _Seq2SeqLoop if base.kind == "seq2seq" else _CausalLoop
-    state = loop(base, plan, prompts)
+    state = _loop(base, plan, prompts)
     ends = torch.tensor(sorted(end_tokens(base)), device=base.device)
     rows = list(range(len(prompts)))
-    try:
-        for step in range(max_new_tokens):
-            hooks.plan = plan.sites
-            with torch.inference_mode():
-                tokens = sampler(state.step())
-            hooks.plan = {}
-            alive = ~torch.isin(tokens, ends)
-            yield [
-                (row, int(t)) for row, t, a in zip(rows, tokens.tolist(), alive.tolist(), strict=True) if a and row >= 0
-            ]
-            rows = [row if a else -1 for row, a in zip(rows, alive.tolist(), strict=True)]
-            finished = sum(row < 0 for row in rows)
-            if finished == len(rows) or step + 1 == max_new_tokens:
-                return
+    for step in range(max_new_tokens):
+        with torch.inference_mode(), hooks.using(plan.sites if state.hooked else {}):
+            tokens = sampler(state.step())
+            alive = (~torch.isin(tokens, ends)).tolist()
+        yield [(row, t) for row, t, a in zip(rows, tokens.tolist(), alive, strict=True) if a and row >= 0]
+        rows = [row if a else -1 for row, a in zip(rows, alive, strict=True)]
+        finished = sum(row < 0 for row in rows)
+        if finished == len(rows) or step + 1 == max_new_tokens:
+            return
+        with torch.inference_mode():
             if finished >= _COMPACT_AT * len(rows):
                 keep = [i for i, row in enumerate(rows) if row >= 0]
-                chosen = torch.tensor(keep, device=base.device)
-                state.select(chosen)
-                plan, tokens, rows = plan.select(chosen), tokens[chosen], [rows[i] for i in keep]
+                plan, tokens, rows = plan.select(keep), tokens[keep], [rows[i] for i in keep]
+                state.select(keep, plan)
                 sampler.select(keep)
             state.append(tokens)
-    finally:
-        hooks.plan = {}
+
+
+class _Loop(Protocol):
+    """The state of a batch that is decoded; `hooked`: its forward is the model's own, changed by hooks."""
+
+    hooked: bool
+
+    def step(self) -> torch.Tensor:
+        """Logits [rows, vocabulary] of the next token."""
+        ...
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Go on with these tokens [rows]."""
+        ...
+
+    def select(self, keep: list[int], plan: BatchPlan) -> None:
+        """Go on with these rows only; `plan` is theirs."""
+        ...
+
+
+def _loop(base: Base, plan: BatchPlan, prompts: list[list[int]]) -> _Loop:
+    if base.kind == "seq2seq":
+        return _Seq2SeqLoop(base, plan, prompts)
+    decoder = decoder_of(base)
+    if decoder is not None and decoder.knows(plan):
+        return _WindowLoop(decoder, plan, prompts)
+    return _CausalLoop(base, plan, prompts)
+
+
+class _WindowLoop:
+    """Decode state of a forward of our own: window, next positions [rows]."""
+
+    hooked = False
+
+    def __init__(self, decoder: Decoder, plan: BatchPlan, prompts: list[list[int]]) -> None:
+        self._decoder, self._plan, self._prompts = decoder, plan, prompts
+
+    def step(self) -> torch.Tensor:
+        """Logits [rows, vocabulary] of the next token."""
+        if self._prompts:
+            logits, self._window, self._positions = prefill(self._decoder, self._prompts, self._plan)
+            self._prompts = []
+            return logits
+        mask = self._window.mask()
+        mask = None if mask is None else mask[:, None, None, :]
+        logits = self._decoder(self._tokens[:, None], self._positions[:, None], self._window, self._plan, mask)
+        self._positions = self._positions + 1
+        return logits
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Go on with these tokens [rows]."""
+        self._tokens = tokens
+        self._window.extend()
+
+    def select(self, keep: list[int], plan: BatchPlan) -> None:
+        """Go on with these rows only."""
+        self._window.select(keep)
+        self._positions = self._positions[keep]
+        self._plan = plan
 
 
 class _CausalLoop:
-    """Decode state of a causal model: cache, mask [rows, keys], next position [rows]."""
+    """Decode state of a causal model through its own forward: cache, mask [rows, keys], next position [rows]."""
+
+    hooked = True
 
     def __init__(self, base: Base, plan: BatchPlan, prompts: list[list[int]]) -> None:
         ids, mask = (t.to(base.device) for t in pad_rows(prompts, base.pad_id, left=True))
-        self._model = base.model
+        self._model, self._device = base.model, base.device
         self._inputs = causal_inputs(ids, mask, plan.prefix, use_cache=True)
         self._inputs["logits_to_keep"] = 1
 
@@ -92,8 +147,9 @@ class _CausalLoop:
         self._inputs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], 1)
         self._inputs["position_ids"] = self._inputs["position_ids"][:, -1:] + 1
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, keep: list[int], plan: BatchPlan) -> None:
         """Go on with these rows only."""
+        rows = torch.tensor(keep, device=self._device)
         self._inputs["past_key_values"].batch_select_indices(rows)
         for name in ("input_ids", "attention_mask", "position_ids"):
             self._inputs[name] = self._inputs[name][rows]
@@ -102,10 +158,13 @@ class _CausalLoop:
 class _Seq2SeqLoop:
     """Decode state of an encoder-decoder model; the encoder runs once."""
 
+    hooked = True
+
     def __init__(self, base: Base, plan: BatchPlan, prompts: list[list[int]]) -> None:
         ids, mask = (t.to(base.device) for t in pad_rows(prompts, base.pad_id, left=False))
         start = torch.full((len(prompts), 1), base.config.decoder_start_token_id, device=base.device)
         self._model: Any = base.model
+        self._device = base.device
         self._inputs = seq2seq_inputs(ids, mask, start, plan.prefix, use_cache=True)
 
     def step(self) -> torch.Tensor:
@@ -120,8 +179,9 @@ class _Seq2SeqLoop:
         """Go on with these tokens [rows]."""
         self._inputs["decoder_input_ids"] = tokens[:, None]
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, keep: list[int], plan: BatchPlan) -> None:
         """Go on with these rows only."""
+        rows = torch.tensor(keep, device=self._device)
         self._inputs["past_key_values"].batch_select_indices(rows)
         self._inputs["attention_mask"] = self._inputs["attention_mask"][rows]
         self._inputs["encoder_outputs"] = (self._inputs["encoder_outputs"][0][rows],)

@@ -1,67 +1,89 @@
-"""Apply the low-rank changes of a batch at the linear layers of a base.
+"""What the adapters of a batch do at the linear layers of a base, and the hooks that do it.
 
-A forward hook adds the change to a layer's output; the module tree, its names and its weights stay as they are. All
-adapters of a batch are one stacked LoRA: down [R, in] and up [R, out] hold every active adapter's ranks, and a mask
-keeps for each row the ranks of its own adapter. Three operations a site, however many adapters are mixed.
+A forward hook adds the change to a layer's output; the module tree, its names and its weights stay as they are. A
+forward of our own asks `GroupChange` directly, for all layers of one input at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..errors import Unsupported
+from .lanes import Deal, shrink
 
 
 @dataclass(frozen=True)
-class SiteBatch:
-    """What one site does to the rows of a batch.
+class Part:
+    """The lanes of one rank class at a group of layers.
 
     Attributes:
-        down: [R, in], the stacked A matrices.
-        up: [R, out], the stacked B matrices transposed, scales folded in.
-        drop: [rows, R], True where a rank is not the row's own; None when all rows share every rank.
-        gain: [rows, out] or [1, out], DoRA's factor minus one on the frozen output; None without DoRA.
-        bias: [rows, out] or [1, out], or None.
+        down: [lanes, in, R].
+        ups: for each layer of the group (first column of its hidden values, last column + 1, up [lanes, rank, out]), or
+            None where no lane changes it.
     """
 
+    deal: Deal
     down: torch.Tensor
-    up: torch.Tensor
-    drop: torch.Tensor | None = None
-    gain: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    ups: tuple[tuple[int, int, torch.Tensor] | None, ...]
 
-    def select(self, rows: torch.Tensor) -> SiteBatch:
-        """The same for a part of the rows."""
-        drop = None if self.drop is None else self.drop[rows]
-        gain = self.gain if self.gain is None or self.gain.shape[0] == 1 else self.gain[rows]
-        bias = self.bias if self.bias is None or self.bias.shape[0] == 1 else self.bias[rows]
-        return SiteBatch(self.down, self.up, drop, gain, bias)
 
-    def apply(self, module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """out = W x [rows, ..., out] -> the adapted output; changes `out` in place."""
-        per_row = [t for t in (self.drop, self.gain, self.bias) if t is not None and t.shape[0] > 1]
-        if any(t.shape[0] != x.shape[0] for t in per_row):
+@dataclass(frozen=True)
+class GroupChange:
+    """What a group of layers with one input does to the rows of a batch.
+
+    Attributes:
+        gains: for each layer [rows, out] or [1, out], the factor minus one on the frozen output (DoRA); None without.
+        biases: for each layer [rows, out] or [1, out], or None.
+    """
+
+    parts: tuple[Part, ...]
+    gains: tuple[torch.Tensor | None, ...]
+    biases: tuple[torch.Tensor | None, ...]
+
+    def apply(self, x: torch.Tensor, outs: Sequence[torch.Tensor], frozen: Sequence[torch.Tensor | None]) -> None:
+        """Change the outputs W x of the layers, each [rows, ..., out], in place; x is [rows, ..., in].
+
+        Args:
+            frozen: the layers' own biases.
+        """
+        for out, gain, bias, own in zip(outs, self.gains, self.biases, frozen, strict=True):
+            if gain is not None:
+                out.addcmul_(_over_tokens(gain, x), out if own is None else out - own)
+            if bias is not None:
+                out.add_(_over_tokens(bias, x))
+        for part in self.parts:
+            hidden = shrink(part.deal.take(x), part.down)
+            for out, up in zip(outs, part.ups, strict=True):
+                if up is not None:
+                    start, stop, matrix = up
+                    part.deal.add(
+                        out, hidden if matrix.shape[1] == hidden.shape[2] else hidden[..., start:stop], matrix
+                    )
+
+    def member(self, i: int) -> GroupChange:
+        """The change of one layer of the group alone."""
+        parts = []
+        for part in self.parts:
+            up = part.ups[i]
+            if up is not None:
+                start, stop, matrix = up
+                parts.append(Part(part.deal, part.down[..., start:stop], ((0, stop - start, matrix),)))
+        return GroupChange(tuple(parts), (self.gains[i],), (self.biases[i],))
+
+    def check_rows(self, module: nn.Module, x: torch.Tensor) -> None:
+        """Raise Unsupported where a layer's input does not hold the batch row by row, but rows must be told apart."""
+        rows = [p.deal.rows for p in self.parts if not (p.deal.lanes == 1 and p.deal.group == p.deal.rows)]
+        rows += [t.shape[0] for t in (*self.gains, *self.biases) if t is not None and t.shape[0] > 1]
+        if any(n != x.shape[0] for n in rows):
             raise Unsupported(
                 f"{type(module).__name__} does not see the batch row by row.", "Use one adapter per batch."
             )
-        hidden = F.linear(x, self.down)
-        if self.drop is not None:
-            hidden.masked_fill_(_over_tokens(self.drop, x), 0.0)
-        if self.gain is not None:
-            bias = getattr(module, "bias", None)
-            frozen = out if bias is None else out - bias
-            out = out + _over_tokens(self.gain, x) * frozen
-        if self.bias is not None:
-            out = out + _over_tokens(self.bias, x)
-        flat = out.view(-1, out.shape[-1])
-        flat.addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
-        return out
 
 
 def _over_tokens(per_row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +95,7 @@ class SiteHooks:
     """The hooks of one runtime. `plan` says what the sites do now; an empty plan leaves the base bare."""
 
     def __init__(self) -> None:
-        self.plan: Mapping[nn.Module, SiteBatch] = {}
+        self.plan: Mapping[nn.Module, GroupChange] = {}
         self._handles: dict[nn.Module, Any] = {}
 
     def cover(self, modules: Iterable[nn.Module]) -> None:
@@ -82,6 +104,15 @@ class SiteHooks:
             if module not in self._handles:
                 self._handles[module] = module.register_forward_hook(self._hook)
 
+    @contextmanager
+    def using(self, plan: Mapping[nn.Module, GroupChange]) -> Iterator[None]:
+        """Within the block the layers change as `plan` says; after it the base is bare."""
+        self.plan = plan
+        try:
+            yield
+        finally:
+            self.plan = {}
+
     def remove(self) -> None:
         """Take all hooks away."""
         for handle in self._handles.values():
@@ -89,5 +120,9 @@ class SiteHooks:
         self._handles.clear()
 
     def _hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
-        site = self.plan.get(module)
-        return None if site is None else site.apply(module, args[0], out)
+        change = self.plan.get(module)
+        if change is None:
+            return None
+        change.check_rows(module, args[0])
+        change.apply(args[0], (out,), (getattr(module, "bias", None),))
+        return out
