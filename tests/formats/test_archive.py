@@ -58,10 +58,9 @@ def read(folder: Path, data: bytes) -> tuple[dict[str, bytes], list[str]]:
 
 
 def zip64_at_the_content() -> bytes:
-    sink = io.BytesIO()
-    with zipfile.ZipFile(sink, "w") as archive, archive.open(CONFIG, "w", force_zip64=True) as member:
-        member.write(b"{}")
-    return sink.getvalue()
+    """An ordinary directory, and a local header whose two sizes (at 18 and 22) point to a zip64 field."""
+    whole = raw_zip(*good_zip())
+    return whole[:18] + struct.pack("<2L", 0xFFFFFFFF, 0xFFFFFFFF) + whole[26:]
 
 
 def peak_of(path: Path, error: type[AdapterHubError], words: str) -> int:
