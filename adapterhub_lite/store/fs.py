@@ -152,8 +152,8 @@ def new_tmp(tmp: Path) -> Path:
     return tmp / f".{os.urandom(16).hex()}"
 
 
-def discard(fs: FileSystem, path: Path) -> None:
-    """Remove a file or folder nobody refers to. What cannot be removed stays: it is garbage, not an error."""
+def discard(fs: FileSystem, path: Path) -> bool:
+    """Remove a file or folder nobody refers to; whether this call did. What cannot be removed stays, as garbage."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             for child in path.iterdir():
@@ -161,6 +161,8 @@ def discard(fs: FileSystem, path: Path) -> None:
             fs.rmdir(path)
         else:
             fs.unlink(path)
+        return True
+    return False
 
 
 def _free(where: Path) -> str:

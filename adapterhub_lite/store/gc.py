@@ -50,16 +50,15 @@ def look(layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) ->
 
 
 def sweep(fs: FileSystem, layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) -> Swept:
-    """Remove `leftovers`."""
+    """Remove `leftovers`; what another collection at the same time has removed first is that one's to tell."""
     found = leftovers(layout, catalog, older_than)
-    for path in stale(layout, older_than):
-        discard(fs, path)
+    mine = {path for path in stale(layout, older_than) if discard(fs, path)}
     for name, version in _removed(layout, catalog):
-        clear(fs, layout, name, version)
-    for path in [*_unused(layout), *_converted(layout)]:
-        discard(fs, path)
-    kept = [one for one in found if os.path.lexists(layout.root / one.path)]
-    return _swept(layout, catalog, [one for one in found if one not in kept], kept)
+        if clear(fs, layout, name, version):
+            mine.add(layout.version(name, version))
+    mine |= {path for path in [*_unused(layout), *_converted(layout)] if discard(fs, path)}
+    gone = [one for one in found if layout.root / one.path in mine]
+    return _swept(layout, catalog, gone, [one for one in found if os.path.lexists(layout.root / one.path)])
 
 
 def leftovers(layout: Layout, catalog: Catalog, older_than: float = STALE_SECONDS) -> list[Leftover]:

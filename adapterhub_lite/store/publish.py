@@ -104,18 +104,23 @@ def stale(layout: Layout, older_than: float = STALE_SECONDS) -> list[Path]:
     return found
 
 
-def clear(fs: FileSystem, layout: Layout, name: str, version: int) -> None:
-    """Move the folder of a removed version away and free its contents. Failing here leaves garbage for `gc`."""
+def clear(fs: FileSystem, layout: Layout, name: str, version: int) -> bool:
+    """Move the folder of a removed version away and free its contents; whether this call moved it.
+
+    Failing here leaves garbage for `gc`.
+    """
     digests: list[str] = []
     with suppress(OSError, ValueError, LookupError):
         manifest = load_manifest(layout, name, version)
         digests = [manifest.digest, *(fact.sha256 for fact in manifest.files.values())]
-    away = new_tmp(layout.tmp)
+    away, moved = new_tmp(layout.tmp), False
     with suppress(OSError):
         fs.rename(layout.version(name, version), away)
+        moved = True
         fs.fsync_dir(layout.versions(name))
         discard(fs, away)
         drop_unused(fs, layout, digests)
+    return moved
 
 
 def _claim(fs: FileSystem, layout: Layout, name: str, staged: Path, after: int) -> int:
