@@ -34,9 +34,10 @@ class NetworkReached(AssertionError):
 
 @pytest.fixture(autouse=True)
 def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AHL_HOME and AHL_CACHE are folders of this test's own; of the user's cache only the bases are seen."""
+    """AHL_HOME and AHL_CACHE are folders of this test's own; of the user's cache only bases and built code are seen."""
     home, cache = tmp_path / "ahl-home", tmp_path_factory.mktemp("ahl-cache")
-    for shared in ("bases", "fingerprints.json"):
+    (_CACHE / "kernels").mkdir(parents=True, exist_ok=True)
+    for shared in ("bases", "fingerprints.json", "kernels"):
         (cache / shared).symlink_to(_CACHE / shared)
     monkeypatch.setenv("AHL_HOME", str(home))
     monkeypatch.setenv("AHL_CACHE", str(cache))

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from ..errors import AdapterMismatch
 from ..formats.card import Card
 from ..formats.files import read_regular
-from ..formats.peft_config import MAX_BYTES, LoraSpec, PrefixSpec, adapter_config, parse_adapter_config
+from ..formats.peft_config import MAX_BYTES, Spec, adapter_config, parse_adapter_config
 from ..formats.safetensors_header import parse_header
 from ..store.reading import Stored
 
@@ -25,10 +25,11 @@ class Adapter:
 
     Attributes:
         tensors: PEFT's keys as on disk, e.g. `base_model.model.<module>.lora_A.weight` [rank, in],
-            `....lora_B.weight` [out, rank], or `prompt_embeddings` [tokens, 2 * layers * key-value width].
+            `....lora_B.weight` [out, rank], `....ia3_l` [out, 1] or [1, in], or
+            `prompt_embeddings` [tokens, 2 * layers * key-value width] (prefix) or [tokens, hidden] (prompt).
     """
 
-    spec: LoraSpec | PrefixSpec
+    spec: Spec
     tensors: dict[str, torch.Tensor]
     card: Card | None = None
     name: str = ""

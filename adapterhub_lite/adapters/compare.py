@@ -3,14 +3,15 @@
 The change of a LoRA module is D = s B A [out, in]. Norms and cosines are the Frobenius ones,
     <D1, D2> = s1 s2 sum((B1^T B2) * (A1 A2^T)),
 so that only products of the size rank x rank are formed, in float64. DoRA's direction is compared as LoRA is, and its
-magnitudes beside it; prefixes by their keys and values in each layer; heads as they are.
+magnitudes beside it; prefixes by their keys and values in each layer; prompts by their tokens; IA3 by how far its
+factors are from 1; heads as they are.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,13 +19,14 @@ import torch
 
 from ..errors import AdapterMismatch, Unsupported
 from ..formats.adapter_files import A_SUFFIX, B_SUFFIX, LORA_PREFIX, PREFIX_HEAD_PREFIX, PROMPT
-from ..formats.specs import LoraSpec, PrefixSpec
+from ..formats.specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
 from .adapter import Adapter
+from .ia3 import split_ia3
 from .lora import split_tensors
 from .prefix import PrefixShape, layer_rows
 
-Part = Literal["delta", "bias", "magnitude", "prefix", "head"]
-PARTS: tuple[Part, ...] = ("delta", "bias", "magnitude", "prefix", "head")
+Part = Literal["delta", "bias", "magnitude", "factor", "prefix", "head"]
+PARTS: tuple[Part, ...] = ("delta", "bias", "magnitude", "factor", "prefix", "head")
 _EMBEDDING = {A_SUFFIX["embedding"]: "A", B_SUFFIX["embedding"]: "B"}
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
 
@@ -34,7 +36,8 @@ class Overlap:
     """What two adapters do to one thing: a module, a layer or the whole.
 
     Attributes:
-        part: delta (s B A), bias (of lora_B, scaled), magnitude (DoRA's), prefix or head.
+        part: delta (s B A), bias (of lora_B, scaled), magnitude (DoRA's), factor (IA3's, less 1), prefix (also the
+            tokens of a prompt) or head.
         norm_a, norm_b: Frobenius norms; None where the adapter does not change it.
         dot: Frobenius inner product, 0 where only one changes it; None where the shapes differ.
     """
@@ -63,7 +66,7 @@ class Comparison:
     """Every module, the layers they belong to, and the whole: one `Overlap` for each part there is.
 
     Attributes:
-        kind: lora, dora or prefix.
+        kind: lora, dora, ia3, prefix or prompt.
     """
 
     kind: str
@@ -107,9 +110,9 @@ _Changes = dict[tuple[Part, str], _Change]
 
 
 def kind_of(adapter: Adapter) -> str:
-    """lora, dora or prefix."""
-    if isinstance(adapter.spec, PrefixSpec):
-        return "prefix"
+    """lora, dora, ia3, prefix or prompt."""
+    if not isinstance(adapter.spec, LoraSpec):
+        return {Ia3Spec: "ia3", PrefixSpec: "prefix", PromptSpec: "prompt"}[type(adapter.spec)]
     return "dora" if adapter.spec.use_dora else "lora"
 
 
@@ -180,6 +183,12 @@ def _changes(adapter: Adapter) -> _Changes:
     spec = adapter.spec
     if isinstance(spec, LoraSpec):
         return _lora_changes(adapter, spec)
+    if isinstance(spec, Ia3Spec):
+        vectors, others = split_ia3(adapter.tensors)
+        found: _Changes = {("factor", name): _dense(vector - 1) for name, vector in vectors.items()}
+        return {**found, **_heads(others, LORA_PREFIX)}
+    if isinstance(spec, PromptSpec):
+        return {("prefix", "tokens"): _dense(_prompt(adapter, spec)), **_heads(adapter.tensors, PREFIX_HEAD_PREFIX)}
     return _prefix_changes(adapter, spec)
 
 
@@ -208,18 +217,25 @@ def _lora_changes(adapter: Adapter, spec: LoraSpec) -> _Changes:
 
 
 def _prefix_changes(adapter: Adapter, spec: PrefixSpec) -> _Changes:
-    prompt = adapter.tensors.get(PROMPT)
-    if prompt is None or tuple(prompt.shape) != spec.shape:
-        raise AdapterMismatch(f"{adapter.name}: no {PROMPT} of shape {list(spec.shape)}.", "Import it again.")
-    rows = prompt.view(spec.num_virtual_tokens, 2 * spec.num_layers, spec.token_dim)
+    rows = _prompt(adapter, spec).view(spec.num_virtual_tokens, 2 * spec.num_layers, spec.token_dim)
     shape = PrefixShape(spec.num_layers, 1, spec.token_dim)
     keys, values = layer_rows(shape, spec.num_transformer_submodules)
     found: _Changes = {}
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         found["prefix", f"layers.{layer}.keys"] = _dense(rows[:, key])
         found["prefix", f"layers.{layer}.values"] = _dense(rows[:, value])
-    heads = {key: tensor for key, tensor in adapter.tensors.items() if key != PROMPT}
-    return {**found, **{("head", key.removeprefix(PREFIX_HEAD_PREFIX)): _dense(t) for key, t in heads.items()}}
+    return {**found, **_heads(adapter.tensors, PREFIX_HEAD_PREFIX)}
+
+
+def _prompt(adapter: Adapter, spec: PrefixSpec | PromptSpec) -> torch.Tensor:
+    prompt = adapter.tensors.get(PROMPT)
+    if prompt is None or tuple(prompt.shape) != spec.shape:
+        raise AdapterMismatch(f"{adapter.name}: no {PROMPT} of shape {list(spec.shape)}.", "Import it again.")
+    return prompt
+
+
+def _heads(tensors: Mapping[str, torch.Tensor], stem: str) -> _Changes:
+    return {("head", key.removeprefix(stem)): _dense(t) for key, t in tensors.items() if key != PROMPT}
 
 
 def _dense(tensor: torch.Tensor, scale: float = 1.0) -> _Change:

@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..errors import AdapterMismatch, NoEffect
-from ..formats.peft_config import LoraSpec
+from ..errors import AdapterMismatch, NoEffect, Unsupported
+from ..formats.specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
 from .adapter import Adapter, check_finite
-from .lora import LoraSite, fit_lora, split_tensors
+from .ia3 import fit_ia3, split_ia3
+from .lora import PREFIX, LoraSite, fit_lora, split_tensors
 from .pack import Group, Pack, pack, unpack
 from .prefix import FittedPrefix, fit_prefix, prefix_shape
+from .prompt import FittedPrompt, fit_prompt
 
 # Outputs of a layer are of the order of 1; float32 does not see less than this beside them.
 _LEAST_STRENGTH = 1e-9
@@ -36,6 +38,8 @@ class Target:
         modules: module name -> module, as the adapter's PEFT class names them.
         head, head_name: the classification head's slot and attribute name, if the class has one.
         dense_weight: gives a site's frozen weight as a dense tensor.
+        embed: the embedding of token ids; None where nothing can stand before a text's tokens.
+        read_prompt: for a causal base, the keys and values that embeddings [tokens, hidden] leave behind.
     """
 
     modules: Mapping[str, nn.Module]
@@ -43,6 +47,8 @@ class Target:
     head: HeadBuilder | None
     head_name: str
     dense_weight: Callable[[nn.Module, torch.dtype], torch.Tensor]
+    embed: nn.Module | None = None
+    read_prompt: Callable[[torch.Tensor], FittedPrefix] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,11 @@ class Fitted:
     """An adapter whose every tensor has its place in one base.
 
     Attributes:
-        sites: module -> its change; empty for prefixes.
+        sites: module -> its change; empty for prefixes and prompts.
         prefix: keys and values, or None.
         head: the classification head, or None.
         packs: the tensors of `sites` as a runtime's products read them (`packed`).
+        prompt: embeddings before a text's own, where they cannot be read ahead of it; or None.
     """
 
     name: str
@@ -64,18 +71,25 @@ class Fitted:
     head: nn.Module | None
     tensors: int
     packs: dict[Group, Pack] = field(default_factory=dict)
+    prompt: FittedPrompt | None = None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that a row of this adapter needs before its text."""
+        return (self.prefix.tokens if self.prefix else 0) + (self.prompt.tokens if self.prompt else 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         head = sum(p.nbytes for p in self.head.parameters()) if self.head is not None else 0
-        return head + sum(s.nbytes for s in self.sites.values()) + (self.prefix.nbytes if self.prefix else 0)
+        return head + sum(part.nbytes for part in (*self.sites.values(), self.prefix, self.prompt) if part is not None)
 
     @property
     def finite(self) -> bool:
         """Whether every value is a number: scaling, or a narrower dtype, can make infinity of a large one."""
-        found = [t for s in self.sites.values() for t in (s.down, s.up, s.gain, s.bias) if t is not None]
+        found = [t for s in self.sites.values() for t in s.tensors]
         found += [self.prefix.keys, self.prefix.values] if self.prefix else []
+        found += [self.prompt.embeddings] if self.prompt else []
         found += list(self.head.parameters()) if self.head is not None else []
         return all(bool(torch.isfinite(t).all()) for t in found)
 
@@ -89,6 +103,7 @@ class Fitted:
             self.prefix.to(device, dtype) if self.prefix else None,
             self.head.to(device, dtype) if self.head is not None else None,
             self.tensors,
+            prompt=self.prompt.to(device, dtype) if self.prompt else None,
         )
 
     def packed(self, groups: Iterable[Group]) -> Fitted:
@@ -102,31 +117,70 @@ def fit(adapter: Adapter, target: Target) -> Fitted:
 
     Raises:
         AdapterMismatch: a tensor is missing, unexpected, misshapen or not finite.
+        Unsupported: a prompt for a target that has no place before a text.
     """
     check_finite(adapter.tensors, adapter.name)
-    spec = adapter.spec
-    if isinstance(spec, LoraSpec):
-        parts, others = split_tensors(adapter.tensors)
-        by_name = fit_lora(spec, parts, target.modules, target.dense_weight)
-        sites = {target.modules[name]: site for name, site in by_name.items()}
-        prefix = None
-        head = _fit_head(others, "base_model.model.", target, adapter)
+    parts = _Parts()
+    if isinstance(adapter.spec, LoraSpec | Ia3Spec):
+        others, stem = _fit_sites(adapter, adapter.spec, target, parts), PREFIX
     else:
-        others = dict(adapter.tensors)
-        if "prompt_embeddings" not in others:
-            raise AdapterMismatch(
-                f"{adapter.name}: the file holds no prompt_embeddings.", "It is not a prefix adapter."
-            )
-        prefix = fit_prefix(spec, others.pop("prompt_embeddings").float(), prefix_shape(target.config))
-        sites, head = {}, _fit_head(others, "base_model.", target, adapter)
-    fitted = Fitted(adapter.name, adapter.digest, spec.task_type, sites, prefix, head, len(adapter.tensors))
+        others, stem = _fit_front(adapter, adapter.spec, target, parts), "base_model."
+    head = _fit_head(others, stem, target, adapter)
+    task = adapter.spec.task_type
+    fitted = Fitted(adapter.name, adapter.digest, task, parts.sites, parts.prefix, head, len(adapter.tensors))
+    fitted = replace(fitted, prompt=parts.prompt)
     _check_effect(fitted)
     return fitted
 
 
+@dataclass
+class _Parts:
+    """What the tensors of an adapter become, but for its head."""
+
+    sites: dict[nn.Module, LoraSite] = field(default_factory=dict)
+    prefix: FittedPrefix | None = None
+    prompt: FittedPrompt | None = None
+
+
+def _fit_sites(adapter: Adapter, spec: LoraSpec | Ia3Spec, target: Target, parts: _Parts) -> dict[str, torch.Tensor]:
+    """Fit the changes of layers; returns the tensors that are left."""
+    if isinstance(spec, LoraSpec):
+        tensors, others = split_tensors(adapter.tensors)
+        by_name = fit_lora(spec, tensors, target.modules, target.dense_weight)
+    else:
+        vectors, others = split_ia3(adapter.tensors)
+        by_name = fit_ia3(spec, vectors, target.modules)
+    parts.sites = {target.modules[name]: site for name, site in by_name.items()}
+    return others
+
+
+def _fit_front(
+    adapter: Adapter, spec: PrefixSpec | PromptSpec, target: Target, parts: _Parts
+) -> dict[str, torch.Tensor]:
+    """Fit what stands before a text; returns the tensors that are left."""
+    others = dict(adapter.tensors)
+    if "prompt_embeddings" not in others:
+        kind = "prefix" if isinstance(spec, PrefixSpec) else "prompt"
+        raise AdapterMismatch(f"{adapter.name}: the file holds no prompt_embeddings.", f"It is not a {kind} adapter.")
+    embeddings = others.pop("prompt_embeddings").float()
+    if isinstance(spec, PrefixSpec):
+        parts.prefix = fit_prefix(spec, embeddings, prefix_shape(target.config))
+        return others
+    if target.embed is None:
+        message = f"{adapter.name} is a prompt: tokens before the text, not a change of weights."
+        raise Unsupported(message, "Serve it with its base.")
+    hidden = int(target.embed.weight.shape[1])  # type: ignore[index,union-attr]
+    embeddings = fit_prompt(spec, embeddings, hidden, 2 if target.config.is_encoder_decoder else 1)
+    if target.read_prompt is not None:
+        parts.prefix = target.read_prompt(embeddings)
+    else:
+        parts.prompt = FittedPrompt(embeddings, target.embed)
+    return others
+
+
 def _check_effect(fitted: Fitted) -> None:
     """Refuse changes of layers that change nothing: the product of B and A is zero, or lost in float32's rounding."""
-    if fitted.prefix is not None or fitted.head is not None or not fitted.sites:
+    if fitted.virtual_tokens or fitted.head is not None or not fitted.sites:
         return
     strongest = max(site.strength() for site in fitted.sites.values())
     if strongest < _LEAST_STRENGTH:

@@ -27,27 +27,42 @@ _KEY = re.compile(
 
 @dataclass(frozen=True)
 class LoraSite:
-    """The change of one linear layer; all tensors in the dtype they compute in."""
+    """The change of one linear layer; all tensors in the dtype they compute in.
+
+    Attributes:
+        down, up: [rank, in] and [out, rank]; the rank is 0 where nothing is added.
+        gain, bias: [out] or None.
+        scale: [in], the factor on the layer's input (IA3), or None.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
     gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors there are."""
+        return tuple(t for t in (self.down, self.up, self.gain, self.bias, self.scale) if t is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for t in (self.down, self.up, self.gain, self.bias) if t is not None)
+        return sum(t.nbytes for t in self.tensors)
 
     def strength(self) -> float:
         """How far the site moves an output for a fixed input of ones and minus ones."""
         signs = torch.where(torch.arange(self.down.shape[1]) % 3 == 0, -1.0, 1.0).to(self.down)
         parts = [self.up @ (self.down @ signs), *(t for t in (self.gain, self.bias) if t is not None)]
+        parts += [] if self.scale is None else [self.scale - 1]
         return max(float(p.abs().max()) for p in parts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LoraSite:
         """A copy on `device` in `dtype`."""
-        moved = [None if t is None else t.to(device, dtype) for t in (self.down, self.up, self.gain, self.bias)]
+        moved = [
+            None if t is None else t.to(device, dtype) for t in (self.down, self.up, self.gain, self.bias, self.scale)
+        ]
         return LoraSite(*moved)  # type: ignore[arg-type]
 
 

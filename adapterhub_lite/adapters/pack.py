@@ -26,12 +26,14 @@ class Pack:
         down: [in, R], the members' down matrices side by side.
         ups: for each member [rank, out]; None where the adapter leaves a layer alone.
         gains, biases: for each member [out], or None.
+        scale: [in], the factor on the input of all members, or None.
     """
 
     down: torch.Tensor
     ups: tuple[torch.Tensor | None, ...]
     gains: tuple[torch.Tensor | None, ...]
     biases: tuple[torch.Tensor | None, ...]
+    scale: torch.Tensor | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -40,11 +42,15 @@ class Pack:
 
 
 def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> dict[Group, Pack]:
-    """Pack the sites of an adapter, in the device and dtype they are in; a site of no group is a group of its own."""
+    """Pack the sites of an adapter, in the device and dtype they are in; a site of no group is a group of its own.
+
+    So is a site that scales its input: the others of its group read that input as it is.
+    """
     packs: dict[Group, Pack] = {}
     left = dict(sites)
+    together = {module: site for module, site in sites.items() if site.scale is None}
     for group in groups:
-        members = [left.pop(module, None) for module in group]
+        members = [left.pop(module) if module in together else None for module in group]
         if any(member is not None for member in members):
             packs[group] = _pack(members)
     packs |= {(module,): _pack([site]) for module, site in left.items()}
@@ -56,7 +62,7 @@ def unpack(group: Group, packed: Pack) -> Iterator[tuple[nn.Module, LoraSite]]:
     column = 0
     for module, up, gain, bias in zip(group, packed.ups, packed.gains, packed.biases, strict=True):
         if up is not None:
-            yield module, LoraSite(packed.down[:, column : column + up.shape[0]].t(), up.t(), gain, bias)
+            yield module, LoraSite(packed.down[:, column : column + up.shape[0]].t(), up.t(), gain, bias, packed.scale)
             column += up.shape[0]
 
 
@@ -67,4 +73,5 @@ def _pack(members: Sequence[LoraSite | None]) -> Pack:
         tuple(None if site is None else site.up.t().contiguous() for site in members),
         tuple(None if site is None else site.gain for site in members),
         tuple(None if site is None else site.bias for site in members),
+        members[0].scale if len(members) == 1 and members[0] is not None else None,
     )

@@ -1,7 +1,8 @@
-"""Model inputs for a batch whose rows have prefixes of different lengths, or none.
+"""Model inputs for a batch whose rows have prefixes or virtual tokens of different lengths, or none.
 
 Physical layout of the keys of one row: [prefix slots, left-padded][prompt, padded][generated]. Masked slots take no
-part in attention, and position ids count each row's own tokens, so a row sees what it would see alone.
+part in attention, and position ids count each row's own tokens, so a row sees what it would see alone. The virtual
+tokens of an encoder come right before the text: its first position is the row's first token, of whichever kind.
 """
 
 from __future__ import annotations
@@ -10,22 +11,49 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import CapacityError, Unsupported
 
 
 @dataclass(frozen=True)
-class PrefixRows:
-    """Prefixes of a batch.
+class PromptRows:
+    """Virtual tokens of a batch, for an encoder.
 
     Attributes:
-        keys, values: [layers, rows, heads, tokens, head_dim], left-padded to the longest.
+        embeddings: [tokens, hidden] for each row, or None.
+        embed: the base's embedding of token ids.
+    """
+
+    embeddings: tuple[torch.Tensor | None, ...]
+    embed: nn.Module
+
+    def before(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [rows, longest, hidden] of virtual tokens and texts padded on the right, and their mask."""
+        texts, lengths = self.embed(ids), mask.sum(1).tolist()
+        rows = [
+            text[:n] if virtual is None else torch.cat([virtual.to(text), text[:n]])
+            for virtual, text, n in zip(self.embeddings, texts, lengths, strict=True)
+        ]
+        widths = torch.tensor([len(row) for row in rows], device=mask.device)
+        columns = torch.arange(int(widths.max()), device=mask.device)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), (columns[None] < widths[:, None]).to(mask)
+
+
+@dataclass(frozen=True)
+class PrefixRows:
+    """What stands before the texts of a batch.
+
+    Attributes:
+        keys, values: [layers, rows, heads, tokens, head_dim], left-padded to the longest; 0 tokens without prefixes.
         mask: [rows, tokens], 1 where a prefix token is, 0 where padding is.
+        prompts: virtual tokens, or None.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     mask: torch.Tensor
+    prompts: PromptRows | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -78,41 +106,39 @@ def causal_inputs(
 def encoder_inputs(ids: torch.Tensor, mask: torch.Tensor, prefix: PrefixRows | None, config: Any) -> dict[str, Any]:
     """Arguments of an encoder's forward; with a prefix the positions of each row start after its own prefix."""
     offset = _position_offset(config)
+    arguments, mask = _texts(ids, mask, prefix)
+    arguments["attention_mask"] = mask
     if prefix is None:
-        plain = {"input_ids": ids, "attention_mask": mask}
         # RoBERTa would count by token ids, and number a text that holds the padding token unlike in a mixed batch.
-        return plain if offset is None else {**plain, "position_ids": mask.cumsum(1) * mask + offset}
+        return arguments if offset is None else {**arguments, "position_ids": mask.cumsum(1) * mask + offset}
     if offset is None:
-        positions = (prefix.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)[None, :]) * mask
+        positions = (prefix.lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)[None, :]) * mask
     else:  # RoBERTa counts real tokens from padding_idx + 1 and gives pads padding_idx
         positions = (mask.cumsum(1) + prefix.lengths[:, None]) * mask + offset
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and int(positions.max()) >= limit:
         raise CapacityError(
-            f"Text and prefix need {int(positions.max()) + 1} positions, this base has {limit}.", "Shorten the text."
+            f"Text and virtual tokens need {int(positions.max()) + 1} positions, this base has {limit}.",
+            "Shorten the text.",
         )
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.cat([prefix.mask, mask], 1),
-        "position_ids": positions,
-        "past_key_values": new_cache(prefix, encoder_decoder=False),
-    }
+    arguments["position_ids"] = positions
+    if prefix.mask.shape[1]:
+        arguments["attention_mask"] = torch.cat([prefix.mask, mask], 1)
+        arguments["past_key_values"] = new_cache(prefix, encoder_decoder=False)
+    return arguments
 
 
 def seq2seq_inputs(
     ids: torch.Tensor, mask: torch.Tensor, decoder_ids: torch.Tensor, prefix: PrefixRows | None, *, use_cache: bool
 ) -> dict[str, Any]:
-    """Arguments of an encoder-decoder's forward; the prefix goes before the decoder's tokens, as in PEFT.
+    """Arguments of an encoder-decoder's forward; as in PEFT a prefix goes before the decoder's tokens, virtual tokens
+    before the encoder's.
 
     Raises:
         Unsupported: rows with prefixes of different lengths (run them as separate batches).
     """
-    arguments: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "decoder_input_ids": decoder_ids,
-        "use_cache": use_cache,
-    }
+    arguments, mask = _texts(ids, mask, prefix)
+    arguments |= {"attention_mask": mask, "decoder_input_ids": decoder_ids, "use_cache": use_cache}
     if prefix is not None and not prefix.uniform:
         raise Unsupported(
             "Encoder-decoder rows with prefixes of different lengths cannot share a batch.", "Split them."
@@ -120,6 +146,14 @@ def seq2seq_inputs(
     if prefix is not None or use_cache:
         arguments["past_key_values"] = new_cache(prefix, encoder_decoder=True)
     return arguments
+
+
+def _texts(ids: torch.Tensor, mask: torch.Tensor, prefix: PrefixRows | None) -> tuple[dict[str, Any], torch.Tensor]:
+    """Texts as ids, or as embeddings where virtual tokens come before some of them; and their mask."""
+    if prefix is None or prefix.prompts is None:
+        return {"input_ids": ids}, mask
+    embeddings, mask = prefix.prompts.before(ids, mask)
+    return {"inputs_embeds": embeddings}, mask
 
 
 def _position_offset(config: Any) -> int | None:

@@ -2,19 +2,19 @@
 
 Foreign JSON never reaches PEFT: it gets what `adapter_config` builds. A key of PEFT 0.21 that we do not support is
 accepted only with its neutral value; unknown keys are refused. Source of the key set: `peft.config`,
-`peft.tuners.lora.config`, `peft.tuners.prefix_tuning.config` of PEFT 0.21.
+`peft.tuners.{lora,ia3,prefix_tuning,prompt_tuning,p_tuning}.config` of PEFT 0.21.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import FormatError, Unsupported
 from .fields import Check, Fields, T, boolean, integer, number, optional, shown, strings, text
 from .patterns import is_pattern
-from .specs import LoraSpec, PrefixSpec, Spec
+from .specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Spec
 from .strict_json import dump, parse_object
 
 __all__ = ["LoraSpec", "PrefixSpec", "Spec", "adapter_config", "adapter_config_bytes", "parse_adapter_config"]
@@ -64,17 +64,17 @@ def parse_adapter_config(data: str | bytes) -> Spec:
 
     Raises:
         FormatError: not PEFT's format, or beyond a limit; all problems of the file at once.
-        Unsupported: a PEFT method other than LoRA (DoRA, rsLoRA) and prefix tuning.
+        Unsupported: a PEFT method other than LoRA (DoRA, rsLoRA), IA3, prefix tuning, prompt tuning and P-tuning.
     """
     raw = parse_object(data, _WHAT, limit=MAX_BYTES)
     kind = raw.pop("peft_type", None)
     if kind is None:
         raise _no_type(raw)
-    if kind not in ("LORA", "PREFIX_TUNING"):
-        hint = "Supported are LORA (with DoRA and rsLoRA) and PREFIX_TUNING."
+    reader = _READERS.get(kind) if isinstance(kind, str) else None
+    if reader is None:
+        hint = "Supported are LORA (with DoRA and rsLoRA), IA3, PREFIX_TUNING, PROMPT_TUNING and P_TUNING."
         raise Unsupported(f"{_WHAT}: adapters of type {shown(kind)} are not supported.", hint)
-    fields = Fields(raw, _WHAT)
-    return _lora(fields) if kind == "LORA" else _prefix(fields)
+    return reader(Fields(raw, _WHAT))
 
 
 def adapter_config(spec: Spec) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def adapter_config(spec: Spec) -> dict[str, Any]:
 
     The patterns keep their order, since the first that matches counts.
     """
-    own = _lora_keys(spec) if isinstance(spec, LoraSpec) else _prefix_keys(spec)
+    own = _own_keys(spec)
     common = {
         "base_model_name_or_path": spec.base_model,
         "inference_mode": True,
@@ -113,7 +113,7 @@ def _lora(fields: Fields) -> LoraSpec:
     spec = LoraSpec(
         rank=fields.take("r", integer(1, MAX_RANK), 8),
         alpha=fields.take("lora_alpha", _alpha, 8.0),
-        target_modules=_targets(fields),
+        target_modules=_targets(fields, "exclude_modules", "layers_to_transform", "layers_pattern"),
         rank_pattern=fields.take("rank_pattern", _pattern(integer(1, MAX_RANK)), {}),
         alpha_pattern=fields.take("alpha_pattern", _pattern(_alpha), {}),
         use_rslora=fields.take("use_rslora", boolean, False),
@@ -125,6 +125,44 @@ def _lora(fields: Fields) -> LoraSpec:
     )
     if spec.lora_bias and spec.use_dora:
         fields.problems.append("lora_bias: cannot be combined with use_dora")
+    fields.finish()
+    return spec
+
+
+def _ia3(fields: Fields) -> Ia3Spec:
+    fields.take("init_ia3_weights", boolean, True)
+    spec = Ia3Spec(
+        target_modules=_targets(fields, "exclude_modules"),
+        feedforward_modules=fields.take("feedforward_modules", _target_modules, _NONE),
+        fan_in_fan_out=fields.take("fan_in_fan_out", boolean, False),
+        **_common(fields),
+    )
+    fields.finish()
+    return spec
+
+
+def _prompt(fields: Fields, method: Literal["PROMPT_TUNING", "P_TUNING"]) -> PromptSpec:
+    dimension = integer(1, 1 << 20)
+    spec = PromptSpec(
+        num_virtual_tokens=fields.need("num_virtual_tokens", integer(1, MAX_VIRTUAL_TOKENS), 1),
+        token_dim=fields.need("token_dim", dimension, 1),
+        num_layers=fields.take("num_layers", optional(integer(1, 4096)), None),
+        num_attention_heads=fields.take("num_attention_heads", optional(dimension), None),
+        num_transformer_submodules=fields.take("num_transformer_submodules", integer(1, 2), 1),
+        method=method,
+        **_common(fields),
+    )
+    # How the embeddings began or were made says nothing about inference: the file holds them as they are.
+    if method == "PROMPT_TUNING":
+        fields.take("prompt_tuning_init", text(64), None)
+        fields.take("prompt_tuning_init_text", optional(_any_text), None)
+        fields.take("tokenizer_name_or_path", optional(text(1024)), None)
+        fields.take("tokenizer_kwargs", _any_object, None)
+    else:
+        fields.take("encoder_reparameterization_type", text(64), None)
+        fields.take("encoder_hidden_size", optional(dimension), None)
+        fields.take("encoder_num_layers", integer(1, 4096), 2)
+        fields.take("encoder_dropout", number(0.0, 1.0), 0.0)
     fields.finish()
     return spec
 
@@ -159,15 +197,11 @@ def _common(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _targets(fields: Fields) -> tuple[str, ...]:
+def _targets(fields: Fields, *narrowing: str) -> tuple[str, ...]:
     """`target_modules` if a plain list says everything; else (), and the tensors say which modules they are for."""
     names = fields.take("target_modules", _target_modules, _NONE)
-    narrowing = [
-        fields.take("exclude_modules", _exclusion, False),
-        fields.take("layers_to_transform", _layers, False),
-        fields.take("layers_pattern", _exclusion, False),
-    ]
-    return () if any(narrowing) else names
+    narrowed = [fields.take(key, _layers if key == "layers_to_transform" else _exclusion, False) for key in narrowing]
+    return () if any(narrowed) else names
 
 
 def _take_initialisation(fields: Fields) -> None:
@@ -231,6 +265,11 @@ def _layers(value: Any) -> bool:
     return value is not None
 
 
+def _any_text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError("expected a text")
+
+
 def _any_object(value: Any) -> None:
     if value is not None and not isinstance(value, dict):
         raise ValueError("expected null or an object")
@@ -255,6 +294,25 @@ def _plain(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
+_READERS: dict[str, Callable[[Fields], Spec]] = {
+    "LORA": _lora,
+    "IA3": _ia3,
+    "PREFIX_TUNING": _prefix,
+    "PROMPT_TUNING": lambda fields: _prompt(fields, "PROMPT_TUNING"),
+    "P_TUNING": lambda fields: _prompt(fields, "P_TUNING"),
+}
+
+
+def _own_keys(spec: Spec) -> dict[str, Any]:
+    if isinstance(spec, LoraSpec):
+        return _lora_keys(spec)
+    if isinstance(spec, Ia3Spec):
+        modules = {"target_modules": spec.target_modules, "feedforward_modules": spec.feedforward_modules}
+        named = {key: sorted(names) for key, names in modules.items()}
+        return {"fan_in_fan_out": spec.fan_in_fan_out, "init_ia3_weights": True, "peft_type": "IA3", **named}
+    return _front_keys(spec)
+
+
 def _lora_keys(spec: LoraSpec) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "alpha_pattern": {key: _plain(value) for key, value in spec.alpha_pattern.items()},
@@ -274,14 +332,15 @@ def _lora_keys(spec: LoraSpec) -> dict[str, Any]:
     return {**keys, "lora_bias": True} if spec.lora_bias else keys
 
 
-def _prefix_keys(spec: PrefixSpec) -> dict[str, Any]:
-    return {
-        "encoder_hidden_size": spec.encoder_hidden_size,
+def _front_keys(spec: PrefixSpec | PromptSpec) -> dict[str, Any]:
+    keys: dict[str, Any] = {
         "num_attention_heads": spec.num_attention_heads,
         "num_layers": spec.num_layers,
         "num_transformer_submodules": spec.num_transformer_submodules,
         "num_virtual_tokens": spec.num_virtual_tokens,
-        "peft_type": "PREFIX_TUNING",
-        "prefix_projection": spec.prefix_projection,
         "token_dim": spec.token_dim,
     }
+    if isinstance(spec, PromptSpec):
+        return {**keys, "peft_type": spec.method}
+    network = {"encoder_hidden_size": spec.encoder_hidden_size, "prefix_projection": spec.prefix_projection}
+    return {**keys, **network, "peft_type": "PREFIX_TUNING"}

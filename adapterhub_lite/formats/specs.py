@@ -44,7 +44,36 @@ class LoraSpec:
 
     def targets(self, module_name: str) -> bool:
         """Whether the configuration names this module, by its whole path or by whole last components of it."""
-        return any(module_name == target or module_name.endswith("." + target) for target in self.target_modules)
+        return _named(module_name, self.target_modules)
+
+
+@dataclass(frozen=True)
+class Ia3Spec:
+    """An IA3 adapter (arXiv 2205.05638): factors on the outputs of some layers, on the inputs of others.
+
+    Attributes:
+        target_modules: sorted; () means that only the tensors say which modules.
+        feedforward_modules: sorted; the modules whose input is scaled; () means that only the tensors say which.
+    """
+
+    target_modules: tuple[str, ...] = ()
+    feedforward_modules: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+
+    def targets(self, module_name: str) -> bool:
+        """Whether the configuration names this module, by its whole path or by whole last components of it."""
+        return _named(module_name, self.target_modules)
+
+    def scales_input(self, module_name: str) -> bool | None:
+        """Whether the input of this module is scaled, and not its output; None where only the tensors say."""
+        if not self.feedforward_modules:
+            return None
+        # PEFT's rule; unlike that for target_modules it asks for no dot before the name.
+        return module_name.endswith(self.feedforward_modules)
 
 
 @dataclass(frozen=True)
@@ -69,4 +98,32 @@ class PrefixSpec:
         return (self.num_virtual_tokens, self.num_layers * 2 * self.token_dim)
 
 
-Spec = LoraSpec | PrefixSpec
+@dataclass(frozen=True)
+class PromptSpec:
+    """A prompt-tuning adapter (arXiv 2104.08691): embeddings of `num_virtual_tokens` in front of a text's own.
+
+    P-tuning (arXiv 2103.10385) comes to the same once it is trained: PEFT saves what its prompt encoder gives.
+    """
+
+    num_virtual_tokens: int
+    token_dim: int
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int = 1
+    method: Literal["PROMPT_TUNING", "P_TUNING"] = "PROMPT_TUNING"
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of `prompt_embeddings` on disk: [virtual tokens * submodules, token_dim]."""
+        return (self.num_virtual_tokens * self.num_transformer_submodules, self.token_dim)
+
+
+Spec = LoraSpec | Ia3Spec | PrefixSpec | PromptSpec
+
+
+def _named(module_name: str, targets: tuple[str, ...]) -> bool:
+    return any(module_name == target or module_name.endswith("." + target) for target in targets)

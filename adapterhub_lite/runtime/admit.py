@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..adapters.adapter import Adapter, stored_adapter
 from ..adapters.fit import Fitted, Target, fit
 from ..bases.load import Base
 from ..bases.quantization import dense_weight
-from ..errors import AdapterMismatch, BaseMismatch, EffectChanged
+from ..errors import AdapterMismatch, BaseMismatch, EffectChanged, Unsupported
 from ..formats.card import Card
+from ..formats.specs import PrefixSpec, PromptSpec
 from ..names import Ref
 from ..store import Store
 from .certificate import compare, measure_fitted
+from .prefill import read_prompt
+
+_FRONTS = (PrefixSpec, PromptSpec)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,11 @@ class Admitted:
 def target_of(base: Base, task_type: str | None) -> Target:
     """The part of `base` that an adapter of this PEFT task type is fitted to."""
     view = base.view(task_type)
-    return Target(view.modules, base.config, view.head, view.head_name, dense_weight)
+    model: Any = base.model
+    reader = partial(read_prompt, base) if base.kind == "causal" else None
+    return Target(
+        view.modules, base.config, view.head, view.head_name, dense_weight, model.get_input_embeddings(), reader
+    )
 
 
 def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
@@ -36,7 +45,14 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
 
     Raises:
         AdapterMismatch: it does not fit exactly.
+        Unsupported: something before the text of a class that has no place for it.
     """
+    if base.kind == "seq2seq" and adapter.spec.task_type == "SEQ_CLS" and isinstance(adapter.spec, _FRONTS):
+        kind = "prefix" if isinstance(adapter.spec, PrefixSpec) else "prompt"
+        raise Unsupported(
+            f"{adapter.name} is a {kind} for the classifier of an encoder-decoder, which takes none; nor does PEFT's.",
+            "Train a LoRA or IA3 adapter.",
+        )
     fitted = fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype).packed(base.siblings)
     if not fitted.finite:  # zero times infinity would reach the other rows of a batch
         raise AdapterMismatch(

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters.fit import Fitted
 from ..adapters.pack import Group, Pack
-from ..bases.inputs import PrefixRows
+from ..bases.inputs import PrefixRows, PromptRows
 from .lanes import deal
 from .sites import GroupChange, Part
 
@@ -51,16 +51,20 @@ class BatchPlan:
             dealt = deal([lanes.get(r.digest, -1) if r else -1 for r in self.rows], len(lanes), self.device)
             for group, (down, ups) in stack.groups.items():
                 parts.setdefault(group, []).append(Part(dealt, down, ups))
+        for row in self.rows:
+            for group in row.packs if row else ():
+                parts.setdefault(group, [])
         return {group: self._change(group, found) for group, found in parts.items()}
 
     @cached_property
     def sites(self) -> dict[nn.Module, GroupChange]:
-        """The change of every layer by itself."""
-        return {
-            module: change if len(group) == 1 else change.member(i)
-            for group, change in self.groups.items()
-            for i, module in enumerate(group)
-        }
+        """The change of every layer by itself; one adapter may have it in a group, and another alone."""
+        found: dict[nn.Module, GroupChange] = {}
+        for group, change in self.groups.items():
+            for i, module in enumerate(group):
+                own = change if len(group) == 1 else change.member(i)
+                found[module] = found[module].joined(own) if module in found else own
+        return found
 
     @property
     def heads(self) -> list[nn.Module | None]:
@@ -79,7 +83,7 @@ class BatchPlan:
         members = range(len(group))
         gains = tuple(_per_row([None if p is None else p.gains[i] for p in packs]) for i in members)
         biases = tuple(_per_row([None if p is None else p.biases[i] for p in packs]) for i in members)
-        return GroupChange(tuple(parts), gains, biases)
+        return GroupChange(tuple(parts), gains, biases, _per_row([None if p is None else p.scale for p in packs], 1.0))
 
 
 class Composer:
@@ -91,11 +95,13 @@ class Composer:
 
     def compose(self, rows: Sequence[Row], device: torch.device) -> BatchPlan:
         """One adapter or None a row -> the plan of the batch."""
-        active = {r.digest: r for r in rows if r is not None and r.packs}
+        active = {r.digest: r for r in rows if r is not None and _rank(r)}
         classes: dict[int, list[Fitted]] = {}
         for adapter in active.values():
             classes.setdefault(_rank_class(adapter), []).append(adapter)
-        return BatchPlan(tuple(rows), tuple(self._stack(some) for some in classes.values()), _prefix_rows(rows), device)
+        return BatchPlan(
+            tuple(rows), tuple(self._stack(some) for some in classes.values()), _prefix_rows(rows, device), device
+        )
 
     def forget(self, digest: str) -> None:
         """Drop every stack that holds this adapter."""
@@ -116,9 +122,14 @@ class Composer:
         return self._stacks[key]
 
 
+def _rank(adapter: Fitted) -> int:
+    """The largest rank at any layer; 0 where nothing is added to an output."""
+    return max((rank for pack in adapter.packs.values() for rank in pack.ranks), default=0)
+
+
 def _rank_class(adapter: Fitted) -> int:
     """Adapters of one class share lanes, whose width is that of the largest rank among them."""
-    rank = max(rank for pack in adapter.packs.values() for rank in pack.ranks)
+    rank = _rank(adapter)
     return next((most for most in _RANK_CLASSES if rank <= most), rank)
 
 
@@ -156,26 +167,28 @@ def _stack_ups(ups: Sequence[torch.Tensor | None], rank: int) -> torch.Tensor:
     return stacked
 
 
-def _per_row(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """One vector a row, zeros where there is none -> [rows, n]; [1, n] where all rows have the same."""
+def _per_row(values: Sequence[torch.Tensor | None], fill: float = 0.0) -> torch.Tensor | None:
+    """One vector a row, `fill` where there is none -> [rows, n]; [1, n] where all rows have the same."""
     some = next((v for v in values if v is not None), None)
     if some is None:
         return None
     if all(v is some for v in values):
         return some[None, :]
-    zeros = torch.zeros_like(some)
-    return torch.stack([zeros if v is None else v for v in values])
+    neutral = torch.full_like(some, fill)
+    return torch.stack([neutral if v is None else v for v in values])
 
 
-def _prefix_rows(rows: Sequence[Row]) -> PrefixRows | None:
+def _prefix_rows(rows: Sequence[Row], device: torch.device) -> PrefixRows | None:
     """Left-pad the prefixes of all rows to the longest."""
     prefixes = [row.prefix if row else None for row in rows]
+    prompts = _prompt_rows(rows)
     first = next((p for p in prefixes if p is not None), None)
-    if first is None:
+    if first is None and prompts is None:
         return None
-    longest = max(p.tokens for p in prefixes if p is not None)
-    layers, heads, _, head_dim = first.keys.shape
-    keys = first.keys.new_zeros((layers, len(rows), heads, longest, head_dim))
+    longest = max((p.tokens for p in prefixes if p is not None), default=0)
+    some = first.keys if first is not None else torch.empty((0, 0, 0, 0), device=device)
+    layers, heads, _, head_dim = some.shape
+    keys = some.new_zeros((layers, len(rows), heads, longest, head_dim))
     values = torch.zeros_like(keys)
     mask = torch.zeros((len(rows), longest), dtype=torch.long, device=keys.device)
     for i, prefix in enumerate(prefixes):
@@ -183,4 +196,10 @@ def _prefix_rows(rows: Sequence[Row]) -> PrefixRows | None:
             keys[:, i, :, longest - prefix.tokens :] = prefix.keys
             values[:, i, :, longest - prefix.tokens :] = prefix.values
             mask[i, longest - prefix.tokens :] = 1
-    return PrefixRows(keys, values, mask)
+    return PrefixRows(keys, values, mask, prompts)
+
+
+def _prompt_rows(rows: Sequence[Row]) -> PromptRows | None:
+    prompts = [row.prompt if row else None for row in rows]
+    first = next((p for p in prompts if p is not None), None)
+    return PromptRows(tuple(p.embeddings if p else None for p in prompts), first.embed) if first is not None else None

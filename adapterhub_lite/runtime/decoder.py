@@ -8,7 +8,6 @@ what the model itself gives on a probe (`decoder_of`); any other model runs thro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapters.pack import Group
-from ..adapters.sites import features
-from ..bases.fused import fuse
 from ..bases.load import Base
 from .batch import BatchPlan
-from .sites import GroupChange
+from .changes import Changes, changes_of
+from .native_step import NativeStep, can_step_natively
+from .products import Site, pack_sites
 from .window import Window, WindowShape
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -30,30 +28,8 @@ _PROBE_TOKENS = 12
 _BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
-class Site:
-    """Layers of one input, computed as one product where their weights allow it, and changed as the plan says."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self.modules: Group = modules
-        self._fused = fuse(modules)
-        self._biases = [getattr(module, "bias", None) for module in modules]
-        self._widths = [features(module)[1] for module in modules]
-
-    def __call__(self, x: torch.Tensor, changes: Mapping[Group, GroupChange]) -> torch.Tensor:
-        """x [rows, ..., in] -> [rows, ..., out of all layers]."""
-        if self._fused is not None:
-            out = F.linear(x, self._fused.weight, self._fused.bias)
-        else:
-            parts = [module(x) for module in self.modules]
-            out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        change = changes.get(self.modules)
-        if change is not None:
-            change.apply(x, (out,) if len(self.modules) == 1 else torch.split(out, self._widths, -1), self._biases)
-        return out
-
-
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """The parts of one decoder layer."""
 
     before: nn.Module
@@ -86,19 +62,22 @@ class Decoder:
         )
         self.layers = [_layer(layer) for layer in inner.layers]
         self.shape = WindowShape(len(self.layers), self.kv_heads, self.head_dim)
-        self._groups = {f.modules for x in self.layers for f in (x.qkv, x.out, x.gate_up, x.down)}
-        self._groups.add(self.lm_head.modules)
+        sites = [self.lm_head, *(site for x in self.layers for site in (x.qkv, x.out, x.gate_up, x.down))]
+        pack_sites(sites)
+        self._groups = {site.modules for site in sites}
+        self._native = NativeStep(self) if can_step_natively(self) else None
 
     def knows(self, plan: BatchPlan) -> bool:
         """Whether all layers that a plan changes are layers of this forward."""
-        return set(plan.groups) <= self._groups
+        packs = [item for row in plan.rows if row is not None for item in row.packs.items()]
+        return all(group in self._groups and pack.scale is None for group, pack in packs)
 
     def new_window(self, rows: int, columns: int) -> Window:
         """An empty window for this base."""
         return Window(self.shape, rows, columns, self.base.device, self.base.dtype)
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, window: Window, plan: BatchPlan, mask: torch.Tensor | None
+        self, ids: torch.Tensor, positions: torch.Tensor, window: Window, changes: Changes, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Logits [rows, vocabulary] after the last of the new tokens.
 
@@ -113,25 +92,37 @@ class Decoder:
         if mask is not None:
             mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
         for i, layer in enumerate(self.layers):
-            x = x + self._attend(layer, i, layer.before(x), turn, window, plan, mask)
-            hidden = layer.gate_up(layer.after(x), plan.groups)
+            x = x + self._attend(layer, i, layer.before(x), turn, window, changes, mask)
+            hidden = layer.gate_up(layer.after(x), changes)
             gate, up = hidden.chunk(2, -1)
-            x = x + layer.down(layer.act(gate) * up, plan.groups)
-        return self.lm_head(self.norm(x[:, -1]), plan.groups)
+            x = x + layer.down(layer.act(gate) * up, changes)
+        return self.lm_head(self.norm(x[:, -1]), changes)
+
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, window: Window, changes: Changes) -> torch.Tensor:
+        """Logits [rows, vocabulary] after one more token a row, whose column the window has been extended by.
+
+        Args:
+            tokens, positions: [rows].
+        """
+        if self._native is not None:
+            return self._native(tokens, positions, window, changes)
+        mask = window.mask()
+        mask = None if mask is None else mask[:, None, None, :]
+        return self(tokens[:, None], positions[:, None], window, changes, mask)
 
     def _attend(
         self,
-        layer: _Layer,
+        layer: Layer,
         i: int,
         x: torch.Tensor,
         turn: tuple[torch.Tensor, torch.Tensor],
         window: Window,
-        plan: BatchPlan,
+        changes: Changes,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         rows, new = x.shape[:2]
         both = self.heads + self.kv_heads
-        heads = layer.qkv(x, plan.groups).view(rows, new, both + self.kv_heads, self.head_dim)
+        heads = layer.qkv(x, changes).view(rows, new, both + self.kv_heads, self.head_dim)
         turned = heads[:, :, :both]
         if layer.norms[0] is not None and layer.norms[1] is not None:
             turned = torch.cat(
@@ -148,7 +139,7 @@ class Decoder:
             queries, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=self.scaling
         )
         seen = seen.view(rows, self.heads, new, self.head_dim).transpose(1, 2)
-        return layer.out(seen.reshape(rows, new, -1), plan.groups)
+        return layer.out(seen.reshape(rows, new, -1), changes)
 
 
 def decoder_of(base: Base) -> Decoder | None:
@@ -162,19 +153,23 @@ def _make(base: Base) -> Decoder | None:
     config = base.config
     if base.kind != "causal" or config.model_type not in _FAMILIES:
         return None
-    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"} or _slides(config):
+    if _slides(config):
         return None
     decoder = Decoder(base)
     return decoder if _agrees(base, decoder) else None
 
 
 def _slides(config: Any) -> bool:
-    return config.model_type == "mistral" and getattr(config, "sliding_window", None) is not None
+    """Whether some token of a text that the model can take does not see all tokens before it."""
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return True
+    window = getattr(config, "sliding_window", None)
+    return window is not None and int(window) < int(config.max_position_embeddings)
 
 
-def _layer(layer: Any) -> _Layer:
+def _layer(layer: Any) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
+    return Layer(
         layer.input_layernorm,
         Site(attention.q_proj, attention.k_proj, attention.v_proj),
         (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)),
@@ -196,7 +191,7 @@ def _agrees(base: Base, decoder: Decoder) -> bool:
     with torch.inference_mode():
         logits, window, positions = prefill(decoder, ids[:, :-1].tolist(), plan)
         window.extend()
-        after = decoder(ids[:, -1:].to(base.device), positions[:, None], window, plan, None)
+        after = decoder.step(ids[:, -1].to(base.device), positions, window, changes_of(base, plan))
         expected = base.model(input_ids=ids.to(base.device)).logits[:, -2:].float()
     bound = _BOUNDS.get(base.dtype, 0.0) * float(expected.abs().max())
     differences = (logits.float() - expected[:, 0]).abs().max(), (after.float() - expected[:, 1]).abs().max()

@@ -13,6 +13,7 @@ import torch
 from ..bases.inputs import causal_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
 from .batch import BatchPlan
+from .changes import changes_of
 from .decoder import Decoder, decoder_of
 from .prefill import prefill
 from .sampling import Sampler
@@ -99,6 +100,7 @@ class _WindowLoop:
 
     def __init__(self, decoder: Decoder, plan: BatchPlan, prompts: list[list[int]]) -> None:
         self._decoder, self._plan, self._prompts = decoder, plan, prompts
+        self._changes = changes_of(decoder.base, plan)
 
     def step(self) -> torch.Tensor:
         """Logits [rows, vocabulary] of the next token."""
@@ -106,9 +108,7 @@ class _WindowLoop:
             logits, self._window, self._positions = prefill(self._decoder, self._prompts, self._plan)
             self._prompts = []
             return logits
-        mask = self._window.mask()
-        mask = None if mask is None else mask[:, None, None, :]
-        logits = self._decoder(self._tokens[:, None], self._positions[:, None], self._window, self._plan, mask)
+        logits = self._decoder.step(self._tokens, self._positions, self._window, self._changes)
         self._positions = self._positions + 1
         return logits
 
@@ -121,7 +121,7 @@ class _WindowLoop:
         """Go on with these rows only."""
         self._window.select(keep)
         self._positions = self._positions[keep]
-        self._plan = plan
+        self._changes = changes_of(self._decoder.base, plan)
 
 
 class _CausalLoop:

@@ -1,4 +1,4 @@
-"""Read the prompts of rows into a new window: one forward over all their tokens."""
+"""Read tokens ahead: the prompts of rows into a new window, an adapter's virtual tokens into keys and values."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..bases.inputs import pad_rows
+from ..adapters.prefix import FittedPrefix, prefix_shape
+from ..bases.inputs import new_cache, pad_rows
+from ..bases.load import Base
 from .batch import BatchPlan
+from .changes import changes_of
 from .window import Window
 
 if TYPE_CHECKING:
@@ -37,8 +40,26 @@ def prefill(
     positions = (real.cumsum(1) - 1).clamp(min=0)
     if plan.prefix is not None:
         positions = positions + plan.prefix.lengths[:, None]
-    logits = decoder(ids, positions, window, plan, _causal(window, new))
+    logits = decoder(ids, positions, window, changes_of(decoder.base, plan), _causal(window, new))
     return logits, window, positions[:, -1] + 1
+
+
+def read_prompt(base: Base, embeddings: torch.Tensor) -> FittedPrefix:
+    """The keys and values that virtual tokens [tokens, hidden] leave behind in a causal base.
+
+    They come before the text and see themselves alone, so what they leave is the same for every text: a prompt-tuned
+    row is a row with this prefix.
+
+    Raises:
+        Unsupported: the layers differ in key-value shape.
+    """
+    prefix_shape(base.config)
+    cache = new_cache(None, encoder_decoder=False)
+    with torch.no_grad():
+        given = embeddings.to(base.device, base.dtype)[None]
+        base.view("FEATURE_EXTRACTION").model(inputs_embeds=given, past_key_values=cache, use_cache=True)
+    keys, values = ([getattr(layer, name)[0] for layer in cache.layers] for name in ("keys", "values"))
+    return FittedPrefix(torch.stack(keys), torch.stack(values))
 
 
 def _causal(window: Window, new: int) -> torch.Tensor:

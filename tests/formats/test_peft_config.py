@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from adapterhub_lite.errors import FormatError, Unsupported
 from adapterhub_lite.formats.patterns import first_match, is_pattern
 from adapterhub_lite.formats.peft_config import adapter_config, adapter_config_bytes, parse_adapter_config
-from adapterhub_lite.formats.specs import LoraSpec, PrefixSpec
+from adapterhub_lite.formats.specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Spec
 
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["v_proj", "q_proj"]}
 PREFIX = {
@@ -25,8 +25,13 @@ PREFIX = {
 }
 
 
-def parse(raw: dict[str, Any], **changes: Any) -> LoraSpec | PrefixSpec:
+def parse(raw: dict[str, Any], **changes: Any) -> Spec:
     return parse_adapter_config(json.dumps({**raw, **changes}))
+
+
+IA3 = {"peft_type": "IA3", "target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+PROMPT = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5, "token_dim": 16}
+P_TUNING = {**PROMPT, "peft_type": "P_TUNING"}
 
 
 def test_least_lora() -> None:
@@ -71,6 +76,56 @@ def test_prefix() -> None:
     assert spec.shape == (5, 64)
     assert spec.prefix_projection
     assert parse_adapter_config(adapter_config_bytes(spec)) == spec
+
+
+def test_ia3() -> None:
+    spec = parse(IA3, fan_in_fan_out=True, init_ia3_weights=False, modules_to_save=["score"], task_type="SEQ_CLS")
+    assert spec == Ia3Spec(("down_proj", "v_proj"), ("down_proj",), True, ("score",), "SEQ_CLS")
+    assert spec.targets("layers.0.v_proj")
+    assert not spec.targets("layers.0.up_proj")
+    assert spec.scales_input("layers.0.mlp.down_proj") is True
+    assert spec.scales_input("layers.0.v_proj") is False
+    assert spec.scales_input("layers.0.updown_proj") is True, "PEFT looks at the end of the name alone"
+    assert parse_adapter_config(adapter_config_bytes(spec)) == spec
+    for unknown in ({"feedforward_modules": ".*down"}, {"feedforward_modules": None}):
+        found = parse(IA3, **unknown)
+        assert isinstance(found, Ia3Spec)
+        assert found.scales_input("layers.0.mlp.down_proj") is None
+    narrowed = parse(IA3, exclude_modules=["layers.0.v_proj"])
+    assert isinstance(narrowed, Ia3Spec)
+    assert narrowed.target_modules == ()
+
+
+def test_prompt() -> None:
+    spec = parse(PROMPT, num_transformer_submodules=2, prompt_tuning_init="TEXT", prompt_tuning_init_text="a\nb")
+    assert isinstance(spec, PromptSpec)
+    assert spec.shape == (10, 16)
+    assert parse_adapter_config(adapter_config_bytes(spec)) == spec
+    learned = parse(P_TUNING, encoder_reparameterization_type="LSTM", encoder_hidden_size=8, encoder_dropout=0.1)
+    assert learned == PromptSpec(5, 16, method="P_TUNING")
+    assert parse_adapter_config(adapter_config_bytes(learned)) == learned
+
+
+@pytest.mark.parametrize(
+    ("raw", "changes", "words"),
+    [
+        (IA3, {"r": 8}, "r: unknown key"),
+        (IA3, {"feedforward_modules": ["a b"]}, "feedforward_modules"),
+        (IA3, {"fan_in_fan_out": "yes"}, "fan_in_fan_out"),
+        (IA3, {"layers_to_transform": [0]}, "layers_to_transform: unknown key"),
+        (PROMPT, {"num_virtual_tokens": 10**9}, "num_virtual_tokens"),
+        (PROMPT, {"token_dim": 0}, "token_dim"),
+        (PROMPT, {"num_transformer_submodules": 3}, "num_transformer_submodules"),
+        (PROMPT, {"encoder_hidden_size": 4}, "encoder_hidden_size: unknown key"),
+        (PROMPT, {"prefix_projection": True}, "prefix_projection: unknown key"),
+        (PROMPT, {"prompt_tuning_init_text": ["x"]}, "prompt_tuning_init_text"),
+        (P_TUNING, {"encoder_dropout": 2.0}, "encoder_dropout"),
+        (P_TUNING, {"prompt_tuning_init": "TEXT"}, "prompt_tuning_init: unknown key"),
+    ],
+)
+def test_refused_of_the_other_kinds(raw: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(words)):
+        parse(raw, **changes)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +234,8 @@ def test_lora_keys_are_unknown_to_prefix() -> None:
         parse(PREFIX, r=8)
 
 
-@pytest.mark.parametrize("kind", ["IA3", "LOHA", "ADALORA", "lora", "PROMPT_TUNING", "a\nb"])
-def test_other_types_are_named(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "lora", "MULTITASK_PROMPT_TUNING", ["LORA"], {}, "a\nb"])
+def test_other_types_are_named(kind: object) -> None:
     with pytest.raises(Unsupported, match=re.escape(ascii(kind))):
         parse_adapter_config(json.dumps({"peft_type": kind}))
 
@@ -215,9 +270,10 @@ def test_hostile_text(data: bytes, words: str) -> None:
 
 
 def test_what_is_built_has_sorted_keys_and_known_keys_only() -> None:
-    from peft import LoraConfig, PrefixTuningConfig
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
-    for raw, known in ((LORA, LoraConfig), (PREFIX, PrefixTuningConfig)):
+    known_kinds = [(LORA, LoraConfig), (PREFIX, PrefixTuningConfig), (IA3, IA3Config)]
+    for raw, known in (*known_kinds, (PROMPT, PromptTuningConfig), (P_TUNING, PromptEncoderConfig)):
         built = adapter_config(parse(raw))
         assert list(built) == sorted(built)
         assert set(built) <= set(known.__dataclass_fields__)
@@ -228,7 +284,7 @@ def test_what_is_built_has_sorted_keys_and_known_keys_only() -> None:
 
 
 def test_what_peft_writes_is_read_and_what_we_write_peft_reads(tmp_path: Path) -> None:
-    from peft import LoraConfig, PeftConfig, PrefixTuningConfig
+    from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
     configs = [
         LoraConfig(),
@@ -238,6 +294,9 @@ def test_what_peft_writes_is_read_and_what_we_write_peft_reads(tmp_path: Path) -
         PrefixTuningConfig(
             num_virtual_tokens=3, token_dim=8, num_layers=2, num_attention_heads=2, num_transformer_submodules=1
         ),
+        PromptTuningConfig(num_virtual_tokens=3, token_dim=8, num_transformer_submodules=1),
+        PromptEncoderConfig(num_virtual_tokens=3, token_dim=8, num_transformer_submodules=1, encoder_hidden_size=4),
+        IA3Config(target_modules=["a", "b"], feedforward_modules=["b"], fan_in_fan_out=True),
     ]
     for config in configs:
         config.save_pretrained(str(tmp_path))
@@ -245,11 +304,20 @@ def test_what_peft_writes_is_read_and_what_we_write_peft_reads(tmp_path: Path) -
         (tmp_path / "adapter_config.json").write_bytes(adapter_config_bytes(spec))
         again = PeftConfig.from_pretrained(str(tmp_path))
         assert type(again) is type(config)
-        for key in set(adapter_config(spec)) - {"inference_mode", "init_lora_weights", "target_modules"}:
+        for key in set(adapter_config(spec)) - {
+            "inference_mode",
+            "init_lora_weights",
+            "target_modules",
+            "feedforward_modules",
+        }:
             assert getattr(again, key) == getattr(config, key), key
         if isinstance(config, LoraConfig) and config.target_modules:
             assert isinstance(again, LoraConfig)
             assert again.target_modules == config.target_modules
+        if isinstance(config, IA3Config):
+            assert isinstance(again, IA3Config)
+            assert again.target_modules == config.target_modules
+            assert again.feedforward_modules == config.feedforward_modules
 
 
 def test_order_of_patterns_survives() -> None:

@@ -16,6 +16,7 @@ FLOORS = (
     ("names", "errors", "places"),
     ("recipe", "formats", "events"),
     ("store",),
+    ("kernels",),
     ("bases", "adapters", "tasks"),
     ("training", "runtime", "merging"),
     ("evaluation",),

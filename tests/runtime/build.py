@@ -13,11 +13,12 @@ from adapterhub_lite.adapters.sites import features, select_sites
 from adapterhub_lite.bases.load import Base
 from adapterhub_lite.bases.quantization import dense_weight
 from adapterhub_lite.formats.card import Card
-from adapterhub_lite.formats.peft_config import LoraSpec, PrefixSpec
+from adapterhub_lite.formats.specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
 from adapterhub_lite.names import Ref
 from adapterhub_lite.store import Store
 
 PREFIX = "base_model.model."
+FEEDFORWARD = ("down_proj", "mlp.c_proj", "output.dense", "wo")
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "SEQ_CLS"}
 
 
@@ -66,6 +67,46 @@ def prefix(base: Base, seed: int, tokens: int = 3, labels: int = 3) -> Adapter:
     )
     tensors = {"prompt_embeddings": torch.randn((tokens, shape.width), generator=generator)}
     return Adapter(spec, {**tensors, **_head(base, labels, generator, "base_model.")}, name=f"prefix-{seed}")
+
+
+def ia3(base: Base, seed: int, inputs: tuple[str, ...] = FEEDFORWARD, labels: int = 3, **changes: Any) -> Adapter:
+    """An IA3 on every linear layer, which scales the input of those whose name ends in one of `inputs`."""
+    generator = torch.Generator().manual_seed(seed)
+    view = base.view()
+    output = None if base.kind == "encoder" else base.model.get_output_embeddings()
+    sites = select_sites(view.modules, "all-linear", output)
+    if base.kind == "encoder":
+        sites = {name: module for name, module in sites.items() if not name.startswith(view.head_name)}
+    tensors = {}
+    for name, module in sites.items():
+        n_in, n_out = features(module)
+        shape = (1, n_in) if name.endswith(inputs) else (n_out, 1)
+        tensors[f"{PREFIX}{name}.ia3_l"] = 1 + 0.5 * torch.randn(shape, generator=generator)
+    spec = Ia3Spec(
+        target_modules=tuple(sorted(sites)),
+        feedforward_modules=tuple(sorted(name for name in sites if name.endswith(inputs))),
+        task_type=TASK_TYPES[base.kind],
+        modules_to_save=(view.head_name,) if base.kind == "encoder" else (),
+        **changes,
+    )
+    return Adapter(spec, {**tensors, **_head(base, labels, generator, PREFIX)}, name=f"ia3-{seed}")
+
+
+def prompt(base: Base, seed: int, tokens: int = 3, labels: int = 3, **changes: Any) -> Adapter:
+    """Virtual tokens of random embeddings, with a head for an encoder."""
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = base.model
+    width = int(model.get_input_embeddings().weight.shape[1])
+    spec = PromptSpec(
+        num_virtual_tokens=tokens,
+        token_dim=width,
+        num_transformer_submodules=2 if base.kind == "seq2seq" else 1,
+        task_type=TASK_TYPES[base.kind],
+        modules_to_save=(base.view().head_name,) if base.kind == "encoder" else (),
+        **changes,
+    )
+    tensors = {"prompt_embeddings": torch.randn(spec.shape, generator=generator)}
+    return Adapter(spec, {**tensors, **_head(base, labels, generator, "base_model.")}, name=f"prompt-{seed}")
 
 
 def _head(base: Base, labels: int, generator: torch.Generator, stem: str) -> dict[str, torch.Tensor]:

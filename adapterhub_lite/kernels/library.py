@@ -1,0 +1,106 @@
+"""Build the native products for this machine, once, and load them.
+
+The source is compiled with the system's C compiler for the very processor that runs it; the result lies in the cache
+under the digest of source, flags, compiler and processor. Without a compiler, or where the result does not compute
+what it should, everything runs on torch's own products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..places import cache_root
+
+# No -ffast-math: it would make the whole process flush denormal numbers to zero.
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
+_SOURCES = ("vectors.h", "wide.c", "step.c", "lanes.c")
+# p: pointer, l: long, i: int, f: float
+_SIGNATURES = {
+    "ahl_linear": "pllpippplpi",
+    "ahl_add_norm": "pppfllp",
+    "ahl_silu_mul": "pllpi",
+    "ahl_rotate": "pppllllppll",
+    "ahl_attend": "ppppllllllfppi",
+    "ahl_change": "pllppplpppppplpli",
+}
+_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded functions, or None and the reason there are none."""
+
+    functions: ctypes.CDLL | None
+    reason: str
+
+
+@cache
+def library() -> Library:
+    """The native products of this machine; built at the first call. AHL_KERNELS=0 keeps them away."""
+    if os.environ.get("AHL_KERNELS") == "0":
+        return Library(None, "AHL_KERNELS=0 keeps them away")
+    import torch  # its OpenMP runtime must be loaded first, so that both share one pool of threads
+
+    assert torch.get_num_threads() > 0
+    compiler = next((found for name in ("cc", "gcc") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return Library(None, "no C compiler (cc or gcc) is installed")
+    try:
+        path = _built(compiler, {name: (files(__package__) / name).read_bytes() for name in _SOURCES})
+        functions = ctypes.CDLL(str(path))
+        _declare(functions)
+    except subprocess.CalledProcessError as error:
+        return Library(None, f"{compiler} failed: {_first_line(error.stderr)}")
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return Library(None, f"{type(error).__name__}: {error}")
+    return Library(functions, f"built with {compiler} for this processor")
+
+
+def _built(compiler: str, sources: dict[str, bytes]) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
+    mark = b"\0".join([*sources.values(), " ".join(_FLAGS).encode(), version, _processor().encode()])
+    folder = cache_root() / "kernels"
+    path = folder / f"{hashlib.sha256(mark).hexdigest()[:32]}.so"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as build:
+        for name, source in sources.items():
+            (Path(build) / name).write_bytes(source)
+        code = [str(Path(build) / name) for name in sources if name.endswith(".c")]
+        made = Path(build) / "native.so"
+        command = [compiler, *_FLAGS, "-o", str(made), *code, "-lm"]
+        subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS)
+        made.replace(path)
+    return path
+
+
+def _declare(functions: ctypes.CDLL) -> None:
+    kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(functions, name)
+        function.restype = None
+        function.argtypes = [kinds[kind] for kind in arguments]
+
+
+def _processor() -> str:
+    """What decides which instructions `-march=native` stands for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _first_line(text: bytes) -> str:
+    return (text.decode(errors="replace").strip().splitlines() or ["no message"])[0][:200]
