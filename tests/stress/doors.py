@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -42,7 +43,8 @@ def _show(store: Store, ref: str) -> str:
     with redirect_stdout(StringIO()) as said:
         show_adapter(ref, store.path)
         show_adapter(ref, store.path, as_json=True)
-    return said.getvalue().replace(str(store.path), "STORE")
+    # How long ago a version was made changes while a long run goes on; when it was made stands beside it.
+    return re.sub(r"just now|\d+ min ago|\d+ h ago", "AGE", said.getvalue().replace(str(store.path), "STORE"))
 
 
 def _exported(store: Store, ref: str, target: Path) -> dict[str, bytes]:
