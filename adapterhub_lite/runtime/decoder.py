@@ -77,9 +77,16 @@ class Decoder:
         return Window(self.shape, rows, columns, self.base.device, self.base.dtype)
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, window: Window, changes: Changes, mask: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        window: Window,
+        changes: Changes,
+        mask: torch.Tensor | None,
+        *,
+        every: bool = False,
     ) -> torch.Tensor:
-        """Logits [rows, vocabulary] after the last of the new tokens.
+        """Logits [rows, vocabulary] after the last of the new tokens; [rows, t, vocabulary] if after `every` one.
 
         Args:
             ids, positions: [rows, t]; the last t columns of the window are written.
@@ -96,7 +103,7 @@ class Decoder:
             hidden = layer.gate_up(layer.after(x), changes)
             gate, up = hidden.chunk(2, -1)
             x = x + layer.down(layer.act(gate) * up, changes)
-        return self.lm_head(self.norm(x[:, -1]), changes)
+        return self.lm_head(self.norm(x if every else x[:, -1]), changes)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor, window: Window, changes: Changes) -> torch.Tensor:
         """Logits [rows, vocabulary] after one more token a row, whose column the window has been extended by.

@@ -9,6 +9,8 @@ import torch
 from ..bases.inputs import causal_inputs, encoder_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
 from .batch import BatchPlan
+from .decoder import decoder_of
+from .prefill import prefill
 from .sites import SiteHooks
 
 
@@ -24,6 +26,11 @@ def token_logits(
     Args:
         decoder_rows: for an encoder-decoder, what the decoder is given.
     """
+    decoder = decoder_of(base)
+    if decoder is not None and decoder.knows(plan):
+        with torch.inference_mode():
+            logits, _, _ = prefill(decoder, rows, plan, every=True)
+        return [logits[i, -len(row) :] for i, row in enumerate(rows)]
     ids, mask = (t.to(base.device) for t in pad_rows(list(rows), base.pad_id, left=False))
     if base.kind == "seq2seq":
         given = [[base.config.decoder_start_token_id, *r] for r in decoder_rows or [[] for _ in rows]]

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def prefill(
-    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan
+    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan, *, every: bool = False
 ) -> tuple[torch.Tensor, Window, torch.Tensor]:
     """Next-token logits [rows, vocabulary], the window that holds prefixes and prompts, and the next positions [rows].
 
+    With `every` the logits are those after every token [rows, longest, vocabulary], a row's own at its end.
     Prompts are padded on the left. The columns of prefixes come before those of all prompts, so that a short prompt
     leaves a gap between the two; the mask knows of it, and positions do not count it.
     """
@@ -40,7 +41,7 @@ def prefill(
     positions = (real.cumsum(1) - 1).clamp(min=0)
     if plan.prefix is not None:
         positions = positions + plan.prefix.lengths[:, None]
-    logits = decoder(ids, positions, window, changes_of(decoder.base, plan), _causal(window, new))
+    logits = decoder(ids, positions, window, changes_of(decoder.base, plan), _causal(window, new), every=every)
     return logits, window, positions[:, -1] + 1
 
 
