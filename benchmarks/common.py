@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,8 @@ from adapterhub_lite.formats.peft_config import LoraSpec
 from adapterhub_lite.store import Store
 from adapterhub_lite.training.trainable import TrainableLora
 from adapterhub_lite.workflows.train import base_summary
+
+from .rows import Sample
 
 BASE = "smollm2-135m-instruct"
 _PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "bitsandbytes")
@@ -46,56 +46,73 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def in_turn(works: dict[str, Callable[[], object]], rounds: int, warmups: int = 1) -> dict[str, float]:
-    """Median seconds of each work; every round runs all of them, in an order that turns."""
+def in_turn(works: dict[str, Callable[[], object]], rounds: int, warmups: int = 1) -> dict[str, Sample]:
+    """Times of each work; every round runs all of them, in an order that turns."""
     times: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for round_ in range(-warmups, rounds):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            _synchronise()
+            synchronise()
             begun = time.perf_counter()
             works[name]()
-            _synchronise()
+            synchronise()
             if round_ >= 0:
                 times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: Sample.of(found) for name, found in times.items()}
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for what a device was given to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def print_row(what: str, ours: float, peer: float, unit: str = "ms") -> None:
-    """One comparison of times (seconds): ours, the peer's, and how many times faster ours is."""
-    scale = {"ms": 1e3, "us": 1e6, "s": 1.0}[unit]
-    print(f"   {what:<58} ours {ours * scale:>10.2f} {unit}  peer {peer * scale:>10.2f} {unit}  {peer / ours:>9.1f} x")
-    sys.stdout.flush()
-
-
 @contextmanager
-def lora_store(base: Base, count: int, rank: int = 16) -> Iterator[tuple[Store, list[str], list[Path]]]:
-    """A store of `count` random LoRA adapters on all linear layers, their references, and the same as PEFT folders."""
+def lora_store(
+    base: Base, count: int, rank: int = 16, distinct: int | None = None
+) -> Iterator[tuple[Store, list[str], list[Path]]]:
+    """A store of `count` random LoRA adapters on all linear layers, their references, and the same as PEFT folders.
+
+    With `distinct` only so many of them differ, the first ones, and only these are exported.
+    """
     with TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store")
         refs, exported = [], []
+        (Path(folder) / "peft").mkdir()
+        made: list[dict[str, bytes]] = []
         for i in range(count):
-            adapter = random_lora(base, rank, seed=i)
-            ref = store.put(f"random-{i}", dict(adapter.files()), Card(base=base_summary(base)))
+            if len(made) < (distinct or count):
+                made.append(dict(random_lora(base, rank, seed=i).files()))
+            ref = store.put(f"random-{i}", made[i % len(made)], Card(base=base_summary(base)))
             refs.append(str(ref))
-            exported.append(store.export(ref, Path(folder) / "peft" / f"random-{i}"))
+            if i < len(made) == i + 1:
+                exported.append(store.export(ref, Path(folder) / "peft" / f"random-{i}"))
         yield store, refs, exported
 
 
-def random_lora(base: Base, rank: int, seed: int) -> Adapter:
-    """An adapter whose B is random, so that it has an effect."""
+def random_lora(base: Base, rank: int, seed: int, labels: int | None = None) -> Adapter:
+    """An adapter whose B is random, so that it has an effect; for an encoder with a head of so many labels."""
     generator = torch.Generator().manual_seed(seed)
-    output = base.model.get_output_embeddings()  # type: ignore[operator]
-    spec = LoraSpec(rank=rank, alpha=2.0 * rank, task_type="CAUSAL_LM", base_model=base.name)
-    made = TrainableLora(spec, select_sites(base.view().modules, "all-linear", output), generator)
+    view = base.view()
+    output = None if base.kind == "encoder" else base.model.get_output_embeddings()  # type: ignore[operator]
+    sites = select_sites(view.modules, "all-linear", output)
+    spec = LoraSpec(
+        rank=rank,
+        target_modules=tuple(sorted(sites)),
+        alpha=2.0 * rank,
+        task_type="SEQ_CLS" if labels else "CAUSAL_LM",
+        base_model=base.name,
+        modules_to_save=(view.head_name,) if labels else (),
+    )
+    made = TrainableLora(spec, sites, generator)
     for site in made.sites.values():
         site.b.data.copy_(torch.randn(site.b.shape, generator=generator) * 0.01)
-    return Adapter(spec, made.tensors(), name=f"random-{seed}")
+    tensors = made.tensors()
+    if labels:
+        assert view.head is not None
+        head = view.head.fresh(labels, generator, 0.02)
+        tensors |= {f"base_model.model.{view.head_name}.{name}": tensor for name, tensor in head.items()}
+    return Adapter(spec, tensors, name=f"random-{seed}")
 
 
 def chosen_prompts(count: int) -> Sequence[str]:

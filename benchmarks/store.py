@@ -19,7 +19,7 @@ from typing import Any
 
 from . import store_cli, store_lookup, store_make, store_mlflow, store_writes
 from .options import add_options
-from .store_rows import Row, machine, settle
+from .rows import Row, machine, settle
 
 _ONE = "one"
 _FEW = 5  # adapters of the store that the command line is timed on

@@ -10,8 +10,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from .rows import Row, faster, in_turn, skip, slower, timed
 from .store_make import name_of
-from .store_rows import Row, faster, in_turn, skip, slower, timed
 
 CLI = "command line"
 TYPER_GOAL, PEFT_GOAL = 2.0, 20.0

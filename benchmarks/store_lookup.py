@@ -9,9 +9,9 @@ from pathlib import Path
 
 from adapterhub_lite.store import Store
 
+from .rows import Row, Sample, chosen, faster, in_turn, skip, slower, timed, times, within
 from .store_make import CONFIG, Unsynced, card_of, name_of, tiny_files
 from .store_mlflow import Registry
-from .store_rows import Row, Sample, chosen, faster, in_turn, skip, slower, timed, times, within
 
 LOOKUP, GROWTH, LISTING = "lookup", "growth", "list"
 LOOKUP_SECONDS, LIST_SECONDS = 0.0002, 1.0

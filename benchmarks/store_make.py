@@ -17,7 +17,7 @@ from adapterhub_lite.formats.card import Card
 from adapterhub_lite.store import Store
 from adapterhub_lite.store.fs import FileSystem
 
-from .store_rows import chosen
+from .rows import chosen
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -16,8 +16,8 @@ from pathlib import Path
 from adapterhub_lite.formats.card import Card
 from adapterhub_lite.store import Store
 
+from .rows import Row, faster, in_turn, skip, timed
 from .store_make import card_of, clear, tiny_files, write_random
-from .store_rows import Row, faster, in_turn, skip, timed
 
 PUT, WRITERS = "put", "writers"
 PUT_GOAL = 0.7

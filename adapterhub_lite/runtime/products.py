@@ -45,6 +45,13 @@ class Site:
         changes.apply(self.modules, x, out, self._biases)
         return out
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a product of few rows reads."""
+        if self.packed is not None and self.packed_rows:
+            return self.packed.nbytes
+        return sum(tensor.nbytes for module in self.modules for tensor in module.parameters())
+
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         """The frozen product by torch."""
         if self._fused is not None:

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import __main__ as entry
 from benchmarks import store, store_cli, store_lookup, store_make, store_mlflow, store_writes
-from benchmarks.store_rows import Sample, faster, in_turn, slower, within
+from benchmarks.rows import Sample, faster, in_turn, slower, within
 
 ROOT = Path(__file__).parents[2]
 MLFLOW = "one Store / MLflow's registry on SQLite"

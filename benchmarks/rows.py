@@ -1,4 +1,4 @@
-"""What the parts of the store benchmark share: samples, rows with a goal, fair turns, the machine. No torch."""
+"""What benchmarks share: samples, rows with a goal, fair turns, the machine. No torch."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class Sample:
         """The sample of these times."""
         ordered = sorted(seconds)
         return cls(statistics.median(ordered), ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)], len(ordered))
+
+    def per(self, count: int) -> Sample:
+        """The same for one of `count` operations that were timed together."""
+        return Sample(self.p50 / count, self.p95 / count, self.count)
 
     def __str__(self) -> str:
         return f"{_time(self.p50):>11} ({_time(self.p95).strip()})"
@@ -87,6 +91,12 @@ def slower(part: str, what: str, ours: Sample, peer_name: str, peer: Sample, at_
     goal = "" if at_most is None else f"<= {at_most:g} x"
     met = None if at_most is None else ratio <= at_most
     return Row(part, what, ours, peer_name, peer, ratio, f"{ratio:,.2f} x the time", goal, met)
+
+
+def share(part: str, what: str, ours: Sample, peer_name: str, peer: Sample, fraction: float, at_least: float) -> Row:
+    """A fraction of what is possible, made of two times of ours."""
+    goal = f">= {at_least:g}"
+    return Row(part, what, ours, peer_name, peer, fraction, f"{fraction:.2f}", goal, fraction >= at_least)
 
 
 def skip(part: str, what: str, why: str) -> Row:
