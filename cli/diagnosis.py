@@ -87,14 +87,21 @@ def _kernels() -> Iterator[Fact]:
     import torch
 
     yield Fact("CPU kernels", torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads")
+    from ..kernels.library import library
+
+    native = library()
+    if native.functions:
+        yield Fact("native products", "built", native.reason)
+    else:
+        yield Fact("native products", "not here: generation on a CPU is slower", native.reason, "warning")
     if torch.cuda.is_available():
         yield Fact("CUDA", str(torch.version.cuda), torch.cuda.get_device_name(0))
     from bitsandbytes import cextension
 
-    native = type(cextension.lib).__name__
-    broken = "Error" in native or "Mock" in native
+    loaded = type(cextension.lib).__name__
+    broken = "Error" in loaded or "Mock" in loaded
     reason = "nf4 and int8 need its native library: reinstall bitsandbytes" if broken else "nf4 and int8 work"
-    yield Fact("quantisation", f"bitsandbytes {native}", reason, "trouble" if broken else "ok")
+    yield Fact("quantisation", f"bitsandbytes {loaded}", reason, "trouble" if broken else "ok")
 
 
 def _memory() -> Iterator[Fact]:

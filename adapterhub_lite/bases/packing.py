@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ from .quantization import dense_weight, is_quantized
 _SHARE = 0.25
 
 
-def packable(modules: list[nn.Module]) -> bool:
+def packable(modules: Sequence[Any]) -> bool:
     """Whether the native products are here, and there is memory for a packed copy of these layers' weights."""
     if library().functions is None or any(_device(module) != "cpu" for module in modules):
         return False
-    need = sum(2 * int(m.in_features) * int(m.out_features) for m in modules)  # type: ignore[arg-type]
+    need = sum(2 * int(module.in_features) * int(module.out_features) for module in modules)
     return need <= _SHARE * available_bytes()
 
 
-def packed(modules: tuple[nn.Module, ...]) -> PackedWeight | None:
+def packed(modules: Sequence[Any]) -> PackedWeight | None:
     """The weights of layers with one input, below each other, packed; None for layers of a kind that is not packed.
 
     No value is rounded: 4-bit codes and int8 values are moved, and a dense weight becomes bfloat16 only if it is one.
@@ -39,39 +40,30 @@ def packed(modules: tuple[nn.Module, ...]) -> PackedWeight | None:
     return None
 
 
-def _device(module: nn.Module) -> str:
-    return next(module.parameters()).device.type
+def _device(module: Any) -> str:
+    return str(next(module.parameters()).device.type)
 
 
-def _plain_nf4(module: nn.Module) -> bool:
-    weight: Any = module.weight
-    state = weight.quant_state
-    return (
-        state.quant_type == "nf4"
-        and state.blocksize == NF4_BLOCK
-        and not state.nested
-        and int(module.in_features) % NF4_BLOCK == 0  # type: ignore[arg-type]
-    )
+def _plain_nf4(module: Any) -> bool:
+    state = module.weight.quant_state
+    plain = state.quant_type == "nf4" and state.blocksize == NF4_BLOCK and not state.nested
+    return plain and int(module.in_features) % NF4_BLOCK == 0
 
 
-def _nf4(modules: tuple[nn.Module, ...]) -> PackedWeight:
+def _nf4(modules: Sequence[Any]) -> PackedWeight:
     codes, scales = [], []
     for module in modules:
-        weight: Any = module.weight
-        shape = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-        data = weight.data.reshape(-1)
+        data, state = module.weight.data.reshape(-1), module.weight.quant_state
         # bitsandbytes puts the first of two values in the upper half of a byte.
-        codes.append(torch.stack([data >> 4, data & 15], 1).view(shape))
-        scales.append(weight.quant_state.absmax.view(shape[0], -1))
-    state = modules[0].weight.quant_state  # type: ignore[union-attr]
-    return pack_nf4(torch.cat(codes), torch.cat(scales), state.code)  # type: ignore[union-attr]
+        codes.append(torch.stack([data >> 4, data & 15], 1).view(module.out_features, module.in_features))
+        scales.append(state.absmax.view(module.out_features, -1))
+    return pack_nf4(torch.cat(codes), torch.cat(scales), modules[0].weight.quant_state.code)
 
 
-def _int8(modules: tuple[nn.Module, ...]) -> PackedWeight:
+def _int8(modules: Sequence[Any]) -> PackedWeight:
     values, scales = [], []
     for module in modules:
-        weight: Any = module.weight
-        scale = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        weight = module.weight
         values.append(weight.CB if weight.CB is not None else weight.data)
-        scales.append(scale.float() / 127)
+        scales.append((weight.SCB if weight.SCB is not None else module.state.SCB).float() / 127)
     return pack_int8(torch.cat(values), torch.cat(scales))

@@ -102,4 +102,5 @@ def _panels(weight: torch.Tensor) -> torch.Tensor:
 def _interleaved(weight: torch.Tensor) -> torch.Tensor:
     """[out, in] -> [panels, in, 32], where entries 2i and 2i + 1 belong to outputs i and 16 + i of the panel."""
     whole = _panels(weight)
-    return whole.unflatten(2, (2, PANEL // 2)).transpose(2, 3).flatten(2).contiguous()
+    halves = whole.reshape(*whole.shape[:2], 2, PANEL // 2)
+    return halves.transpose(2, 3).reshape(whole.shape)
