@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +15,12 @@ from ..errors import AdapterMismatch
 from ..formats.card import Card
 from ..formats.files import read_regular
 from ..formats.peft_config import MAX_BYTES, Spec, adapter_config, parse_adapter_config
-from ..formats.safetensors_header import parse_header
+from ..formats.safetensors_header import Header, parse_header
 from ..store.reading import Stored
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Adapter:
     card: Card | None = None
     name: str = ""
     digest: str = ""
+    finite: bool = False
+    """Whether it is known that every value is a number."""
 
     @property
     def parameters(self) -> int:
@@ -68,18 +74,45 @@ def read_adapter(folder: Path, *, name: str = "") -> Adapter:
 
 def _adapter(config: bytes, weights: bytes, name: str, digest: str, card: Card | None) -> Adapter:
     spec = parse_adapter_config(config)
-    parse_header(weights, WEIGHTS_FILE)  # limits first: the library accepts files that take seconds and gigabytes
-    tensors = load(weights)
+    header = parse_header(weights, WEIGHTS_FILE)  # limits first: the library accepts files that take seconds
+    tensors = _views(weights, header)
     check_finite(tensors, name)
-    return Adapter(spec, tensors, card, name, digest)
+    return Adapter(spec, tensors, card, name, digest, finite=True)
 
 
-def check_finite(tensors: dict[str, torch.Tensor], name: str) -> None:
+def _views(weights: bytes, header: Header) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, as views of its bytes where they are; nothing may write to them."""
+    if sys.byteorder != "little" or any(info.dtype not in _DTYPES for info in header.tensors.values()):
+        return load(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the bytes are not writable
+        whole = torch.frombuffer(weights, dtype=torch.uint8)
+    found = {}
+    for key, info in header.tensors.items():
+        span, dtype = header.span(key), _DTYPES[info.dtype]
+        if span.start % dtype.itemsize:
+            return load(weights)
+        found[key] = whole[span].view(dtype).view(info.shape)
+    return found
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
     """Raise AdapterMismatch naming the first tensor that holds NaN or infinity, or is not floating point."""
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise AdapterMismatch(f"{name}: tensor {key} is {tensor.dtype}, not floating point.", "Train it again.")
-        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
+    if all_finite(tensors.values()):
+        return
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
             raise AdapterMismatch(
                 f"{name}: tensor {key} holds NaN or infinity.", "The training diverged; do not use it."
             )
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no value is NaN or infinite; a sum shows it in one pass, and only a sum that overflows needs a second."""
+    some = [tensor for tensor in tensors if tensor.numel()]
+    if not some or bool(torch.isfinite(torch.stack([tensor.sum().float() for tensor in some])).all()):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in some)

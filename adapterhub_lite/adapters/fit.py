@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import AdapterMismatch, NoEffect, Unsupported
 from ..formats.specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
-from .adapter import Adapter, check_finite
+from .adapter import Adapter, all_finite, check_finite
 from .ia3 import fit_ia3, split_ia3
 from .lora import PREFIX, LoraSite, fit_lora, split_tensors
 from .pack import Group, Pack, pack, unpack
@@ -91,7 +91,7 @@ class Fitted:
         found += [self.prefix.keys, self.prefix.values] if self.prefix else []
         found += [self.prompt.embeddings] if self.prompt else []
         found += list(self.head.parameters()) if self.head is not None else []
-        return all(bool(torch.isfinite(t).all()) for t in found)
+        return all_finite(found)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Fitted:
         """The same adapter on `device` in `dtype`."""
@@ -119,7 +119,8 @@ def fit(adapter: Adapter, target: Target) -> Fitted:
         AdapterMismatch: a tensor is missing, unexpected, misshapen or not finite.
         Unsupported: a prompt for a target that has no place before a text.
     """
-    check_finite(adapter.tensors, adapter.name)
+    if not adapter.finite:
+        check_finite(adapter.tensors, adapter.name)
     parts = _Parts()
     if isinstance(adapter.spec, LoraSpec | Ia3Spec):
         others, stem = _fit_sites(adapter, adapter.spec, target, parts), PREFIX
@@ -182,12 +183,15 @@ def _check_effect(fitted: Fitted) -> None:
     """Refuse changes of layers that change nothing: the product of B and A is zero, or lost in float32's rounding."""
     if fitted.virtual_tokens or fitted.head is not None or not fitted.sites:
         return
-    strongest = max(site.strength() for site in fitted.sites.values())
-    if strongest < _LEAST_STRENGTH:
-        raise NoEffect(
-            f"{fitted.name} moves no logit (the largest change of a layer is {strongest:.1g}): it does nothing.",
-            "It was not trained, or its alpha is wrong.",
-        )
+    strongest = 0.0
+    for site in fitted.sites.values():
+        strongest = max(strongest, site.strength())
+        if strongest >= _LEAST_STRENGTH:
+            return
+    raise NoEffect(
+        f"{fitted.name} moves no logit (the largest change of a layer is {strongest:.1g}): it does nothing.",
+        "It was not trained, or its alpha is wrong.",
+    )
 
 
 def _fit_head(tensors: dict[str, torch.Tensor], prefix: str, target: Target, adapter: Adapter) -> nn.Module | None:

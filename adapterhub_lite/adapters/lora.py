@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import AdapterMismatch, Unsupported
 from ..formats.peft_config import LoraSpec
-from .sites import features, is_conv1d, is_linear, matches
+from .sites import features, is_conv1d, is_linear, matches_any
 
 PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -113,7 +113,8 @@ def mismatches(
     """What keeps LoRA parts from fitting these modules, one line a module; only shapes are looked at."""
     problems = [p for name, part in parts.items() if (p := _site_problem(spec, name, part, modules.get(name)))]
     if spec.target_modules:
-        expected = [n for n, m in modules.items() if is_linear(m) and any(matches(n, t) for t in spec.target_modules)]
+        targets = frozenset(spec.target_modules)
+        expected = [name for name, module in modules.items() if is_linear(module) and matches_any(name, targets)]
         problems += [f"{name} is targeted but has no tensors" for name in expected if name not in parts]
     if not parts:
         problems.append("the file holds no LoRA tensor")

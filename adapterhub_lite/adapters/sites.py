@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -58,3 +58,12 @@ def select_sites(
 def matches(name: str, target: str) -> bool:
     """PEFT's rule for a list of targets: the whole module name, or its end after a dot."""
     return name == target or name.endswith(f".{target}")
+
+
+def matches_any(name: str, targets: Collection[str]) -> bool:
+    """Whether one of many targets matches; `targets` is a set, and each end of the name is looked up in it."""
+    while name not in targets:
+        name = name.partition(".")[2]
+        if not name:
+            return False
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,18 +35,26 @@ class Stack:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What every row of a batch uses."""
+    """What every row of a batch uses.
+
+    Attributes:
+        classes: the adapters that add to outputs, those of like rank together; `stack` lays a class out in lanes, which
+            is done when `groups` is first asked for: native products read the adapters where they are.
+    """
 
     rows: tuple[Row, ...]
-    stacks: tuple[Stack, ...]
+    classes: tuple[tuple[Fitted, ...], ...]
     prefix: PrefixRows | None
     device: torch.device
+    stack: Callable[[tuple[Fitted, ...]], Stack] | None = None
 
     @cached_property
     def groups(self) -> dict[Group, GroupChange]:
         """The change of every group of layers that some row changes."""
         parts: dict[Group, list[Part]] = {}
-        for stack in self.stacks:
+        for adapters in self.classes:
+            assert self.stack is not None
+            stack = self.stack(adapters)
             lanes = {adapter.digest: i for i, adapter in enumerate(stack.adapters)}
             dealt = deal([lanes.get(r.digest, -1) if r else -1 for r in self.rows], len(lanes), self.device)
             for group, (down, ups) in stack.groups.items():
@@ -75,8 +83,8 @@ class BatchPlan:
         """The plan for a part of the rows; prefixes are in the cache by then and are not carried."""
         rows = tuple(self.rows[i] for i in keep)
         used = {r.digest for r in rows if r is not None}
-        stacks = tuple(s for s in self.stacks if any(a.digest in used for a in s.adapters))
-        return BatchPlan(rows, stacks, None, self.device)
+        classes = tuple(some for some in self.classes if any(a.digest in used for a in some))
+        return BatchPlan(rows, classes, None, self.device, self.stack)
 
     def _change(self, group: Group, parts: list[Part]) -> GroupChange:
         packs = [row.packs.get(group) if row else None for row in self.rows]
@@ -99,20 +107,19 @@ class Composer:
         classes: dict[int, list[Fitted]] = {}
         for adapter in active.values():
             classes.setdefault(_rank_class(adapter), []).append(adapter)
-        return BatchPlan(
-            tuple(rows), tuple(self._stack(some) for some in classes.values()), _prefix_rows(rows, device), device
-        )
+        prefix = _prefix_rows(rows, device)
+        return BatchPlan(tuple(rows), tuple(map(tuple, classes.values())), prefix, device, self._stack)
 
     def forget(self, digest: str) -> None:
         """Drop every stack that holds this adapter."""
         for key in [k for k in self._stacks if digest in k]:
             del self._stacks[key]
 
-    def _stack(self, adapters: list[Fitted]) -> Stack:
+    def _stack(self, adapters: tuple[Fitted, ...]) -> Stack:
         key = tuple(a.digest for a in adapters)
         if key not in self._stacks:
             groups = dict.fromkeys(group for a in adapters for group in a.packs)
-            made = Stack(tuple(adapters), {g: _stack_packs([a.packs.get(g) for a in adapters], g) for g in groups})
+            made = Stack(adapters, {g: _stack_packs([a.packs.get(g) for a in adapters], g) for g in groups})
             if len(adapters) > 1:  # one adapter alone is not copied
                 self._stacks[key] = made
                 while len(self._stacks) > self._remembered:
