@@ -83,7 +83,7 @@ def _adapter(config: bytes, weights: bytes, name: str, digest: str, card: Card |
 def _views(weights: bytes, header: Header) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, as views of its bytes where they are; nothing may write to them."""
     if sys.byteorder != "little" or any(info.dtype not in _DTYPES for info in header.tensors.values()):
-        return load(weights)
+        return dict(load(weights))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the bytes are not writable
         whole = torch.frombuffer(weights, dtype=torch.uint8)
@@ -91,7 +91,7 @@ def _views(weights: bytes, header: Header) -> dict[str, torch.Tensor]:
     for key, info in header.tensors.items():
         span, dtype = header.span(key), _DTYPES[info.dtype]
         if span.start % dtype.itemsize:
-            return load(weights)
+            return dict(load(weights))
         found[key] = whole[span].view(dtype).view(info.shape)
     return found
 

@@ -19,8 +19,9 @@ import torch
 
 from ..errors import AdapterMismatch, Unsupported
 from ..formats.adapter_files import A_SUFFIX, B_SUFFIX, LORA_PREFIX, PREFIX_HEAD_PREFIX, PROMPT
-from ..formats.specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
+from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
 from .adapter import Adapter
+from .factored import fitted_factors, split_factors
 from .ia3 import split_ia3
 from .lora import split_tensors
 from .prefix import PrefixShape, layer_rows
@@ -66,7 +67,7 @@ class Comparison:
     """Every module, the layers they belong to, and the whole: one `Overlap` for each part there is.
 
     Attributes:
-        kind: lora, dora, ia3, prefix or prompt.
+        kind: lora, dora, adalora, loha, lokr, ia3, prefix or prompt.
     """
 
     kind: str
@@ -110,7 +111,9 @@ _Changes = dict[tuple[Part, str], _Change]
 
 
 def kind_of(adapter: Adapter) -> str:
-    """lora, dora, ia3, prefix or prompt."""
+    """lora, dora, adalora, loha, lokr, ia3, prefix or prompt."""
+    if isinstance(adapter.spec, FactoredSpec):
+        return adapter.spec.method.lower()
     if not isinstance(adapter.spec, LoraSpec):
         return {Ia3Spec: "ia3", PrefixSpec: "prefix", PromptSpec: "prompt"}[type(adapter.spec)]
     return "dora" if adapter.spec.use_dora else "lora"
@@ -183,6 +186,14 @@ def _changes(adapter: Adapter) -> _Changes:
     spec = adapter.spec
     if isinstance(spec, LoraSpec):
         return _lora_changes(adapter, spec)
+    if isinstance(spec, FactoredSpec):
+        parts, others = split_factors(adapter.tensors)
+        sites = fitted_factors(spec, parts)
+        deltas: _Changes = {
+            ("delta", name): _Change((site.up.shape[0], site.down.shape[1]), site.up, site.down)
+            for name, site in sites.items()
+        }
+        return {**deltas, **_heads(others, LORA_PREFIX)}
     if isinstance(spec, Ia3Spec):
         vectors, others = split_ia3(adapter.tensors)
         found: _Changes = {("factor", name): _dense(vector - 1) for name, vector in vectors.items()}

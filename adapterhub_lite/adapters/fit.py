@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import AdapterMismatch, NoEffect, Unsupported
-from ..formats.specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
+from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
 from .adapter import Adapter, all_finite, check_finite
+from .factored import fit_factored, split_factors
 from .ia3 import fit_ia3, split_ia3
 from .lora import PREFIX, LoraSite, fit_lora, split_tensors
 from .pack import Group, Pack, pack, unpack
@@ -122,7 +123,7 @@ def fit(adapter: Adapter, target: Target) -> Fitted:
     if not adapter.finite:
         check_finite(adapter.tensors, adapter.name)
     parts = _Parts()
-    if isinstance(adapter.spec, LoraSpec | Ia3Spec):
+    if isinstance(adapter.spec, LoraSpec | FactoredSpec | Ia3Spec):
         others, stem = _fit_sites(adapter, adapter.spec, target, parts), PREFIX
     else:
         others, stem = _fit_front(adapter, adapter.spec, target, parts), "base_model."
@@ -143,11 +144,16 @@ class _Parts:
     prompt: FittedPrompt | None = None
 
 
-def _fit_sites(adapter: Adapter, spec: LoraSpec | Ia3Spec, target: Target, parts: _Parts) -> dict[str, torch.Tensor]:
+def _fit_sites(
+    adapter: Adapter, spec: LoraSpec | FactoredSpec | Ia3Spec, target: Target, parts: _Parts
+) -> dict[str, torch.Tensor]:
     """Fit the changes of layers; returns the tensors that are left."""
     if isinstance(spec, LoraSpec):
         tensors, others = split_tensors(adapter.tensors)
         by_name = fit_lora(spec, tensors, target.modules, target.dense_weight)
+    elif isinstance(spec, FactoredSpec):
+        tensors, others = split_factors(adapter.tensors)
+        by_name = fit_factored(spec, tensors, target.modules)
     else:
         vectors, others = split_ia3(adapter.tensors)
         by_name = fit_ia3(spec, vectors, target.modules)

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantization import is_quantized
-
 
 @dataclass(frozen=True)
 class FusedWeight:
@@ -23,34 +21,21 @@ def fuse(modules: tuple[nn.Module, ...]) -> FusedWeight | None:
     """Lay the dense weights of `modules` below each other, once; None where they must be computed by the modules.
 
     The values stay the same, and so does the memory: each module's weight becomes a view of the fused one. Layers that
-    bitsandbytes quantised have a dense weight only as the working copy of a CPU.
+    bitsandbytes quantised compute for themselves, with or without a working copy, so that both give the same bits.
     """
-    weights = [_dense(module) for module in modules]
-    if any(w is None or w.dtype != weights[0].dtype for w in weights):  # type: ignore[union-attr]
+    # A subclass of Linear computes in its own way.
+    if not all(type(module) is nn.Linear for module in modules):
         return None
-    biases: list[Any] = [getattr(module, "bias", None) for module in modules]
-    if any((b is None) != (biases[0] is None) for b in biases):
+    weights: list[torch.Tensor] = [module.weight.detach() for module in modules]  # type: ignore[union-attr,operator]
+    biases: list[Any] = [module.bias for module in modules]
+    if len({weight.dtype for weight in weights}) > 1 or len({bias is None for bias in biases}) > 1:
         return None
-    whole = weights[0] if len(weights) == 1 else _side_by_side(modules, weights)  # type: ignore[arg-type]
-    assert whole is not None
-    bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-    return FusedWeight(whole, bias)
+    whole = weights[0] if len(weights) == 1 else _below_each_other(modules, weights)
+    return FusedWeight(whole, None if biases[0] is None else torch.cat([bias.detach() for bias in biases]))
 
 
-def _dense(module: nn.Module) -> torch.Tensor | None:
-    if is_quantized(module):
-        copy = getattr(module, "_ahl_copy", None)
-        return copy if isinstance(copy, torch.Tensor) else None
-    weight = getattr(module, "weight", None)
-    # A subclass computes in its own way.
-    return weight.detach() if type(module) is nn.Linear and isinstance(weight, torch.Tensor) else None
-
-
-def _side_by_side(modules: tuple[nn.Module, ...], weights: list[torch.Tensor]) -> torch.Tensor:
+def _below_each_other(modules: tuple[nn.Module, ...], weights: list[torch.Tensor]) -> torch.Tensor:
     whole = torch.cat(weights)
-    for module, view in zip(modules, torch.split(whole, [w.shape[0] for w in weights]), strict=True):
-        if is_quantized(module):
-            module._ahl_copy = view  # type: ignore[assignment]
-        else:
-            module.weight = nn.Parameter(view, requires_grad=False)
+    for module, view in zip(modules, torch.split(whole, [w.shape[0] for w in weights]), strict=True):  # type: ignore[no-untyped-call]
+        module.weight = nn.Parameter(view, requires_grad=False)
     return whole

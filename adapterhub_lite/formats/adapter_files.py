@@ -2,8 +2,9 @@
 
 Tensor names are those PEFT 0.21 writes (`peft.utils.save_and_load`): `base_model.model.<module>.lora_A.weight` [rank,
 in], `.lora_B.weight` [out, rank], `.lora_B.bias` [out], `.lora_embedding_A` [rank, rows], `.lora_embedding_B` [width,
-rank], `.lora_magnitude_vector` [out]; heads of `modules_to_save` under the same prefix; for prefix tuning
-`prompt_embeddings`, and heads under `base_model.` alone.
+rank], `.lora_magnitude_vector` [out]; for IA3 `.ia3_l` [out, 1], or [1, in] where the input is scaled; heads of
+`modules_to_save` under the same prefix; for prefix and prompt tuning `prompt_embeddings`, and heads under `base_model.`
+alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from ..errors import AdapterMismatch, Unsupported
 from .finite import FLOAT_DTYPES
 from .safetensors_header import Header, TensorInfo
-from .specs import LoraSpec, PrefixSpec, Spec
+from .specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Spec
 
 LORA_PREFIX = "base_model.model."
 PREFIX_HEAD_PREFIX = "base_model."
@@ -25,7 +26,22 @@ A_SUFFIX: dict[Kind, str] = {"linear": ".lora_A.weight", "embedding": ".lora_emb
 B_SUFFIX: dict[Kind, str] = {"linear": ".lora_B.weight", "embedding": ".lora_embedding_B"}
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 BIAS_SUFFIX = ".lora_B.bias"
-_SUFFIXES = (*A_SUFFIX.values(), *B_SUFFIX.values(), MAGNITUDE_SUFFIX, BIAS_SUFFIX)
+IA3_SUFFIX = ".ia3_l"
+# Of AdaLoRA, LoHa and LoKr. A matrix of LoKr is there whole, or as two.
+FACTORS = {
+    "ADALORA": (("lora_A",), ("lora_B",), ("lora_E",)),
+    "LOHA": (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)),
+    "LOKR": (("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b")),
+}
+_FACTOR_SUFFIXES = tuple("." + name for kind in FACTORS.values() for names in kind for name in names)
+_SUFFIXES = (
+    *A_SUFFIX.values(),
+    *B_SUFFIX.values(),
+    MAGNITUDE_SUFFIX,
+    BIAS_SUFFIX,
+    IA3_SUFFIX,
+    *_FACTOR_SUFFIXES,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +66,29 @@ class LoraInventory:
 
 @dataclass(frozen=True, slots=True)
 class PrefixInventory:
-    """What a prefix-tuning file holds: `prompt` of `PrefixSpec.shape`, and heads as for LoRA."""
+    """What a file of prefix or prompt tuning holds: `prompt` of the spec's `shape`, and heads as for LoRA."""
 
     prompt: TensorInfo
     heads: dict[str, TensorInfo]
 
 
-Inventory = LoraInventory | PrefixInventory
+@dataclass(frozen=True, slots=True)
+class Ia3Inventory:
+    """What an IA3 file holds: the vectors by module path inside the base, and heads as for LoRA."""
+
+    vectors: dict[str, TensorInfo]
+    heads: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class FactoredInventory:
+    """What a file of AdaLoRA, LoHa or LoKr holds: factors by module path inside the base, and heads as for LoRA."""
+
+    factors: dict[str, dict[str, TensorInfo]]
+    heads: dict[str, TensorInfo]
+
+
+Inventory = LoraInventory | PrefixInventory | Ia3Inventory | FactoredInventory
 
 
 def inventory(spec: Spec, header: Header) -> Inventory:
@@ -66,7 +98,11 @@ def inventory(spec: Spec, header: Header) -> Inventory:
         AdapterMismatch: with the counts of expected, found, missing and unexpected tensors and three examples.
         Unsupported: adapters of convolutions.
     """
-    return lora_inventory(spec, header) if isinstance(spec, LoraSpec) else prefix_inventory(spec, header)
+    if isinstance(spec, LoraSpec):
+        return lora_inventory(spec, header)
+    if isinstance(spec, FactoredSpec):
+        return factored_inventory(spec, header)
+    return ia3_inventory(spec, header) if isinstance(spec, Ia3Spec) else prefix_inventory(spec, header)
 
 
 def lora_inventory(spec: LoraSpec, header: Header) -> LoraInventory:
@@ -80,8 +116,46 @@ def lora_inventory(spec: LoraSpec, header: Header) -> LoraInventory:
     return LoraInventory(modules, heads)
 
 
-def prefix_inventory(spec: PrefixSpec, header: Header) -> PrefixInventory:
-    """`inventory` for prefix tuning."""
+def ia3_inventory(spec: Ia3Spec, header: Header) -> Ia3Inventory:
+    """`inventory` for IA3."""
+    found = {name.removeprefix(LORA_PREFIX).removesuffix(IA3_SUFFIX) for name in header.tensors if _is_ia3(name)}
+    modules = sorted(module for module in found if not spec.target_modules or spec.targets(module))
+    heads = _heads(spec.modules_to_save, header, LORA_PREFIX)
+    expected = {LORA_PREFIX + module + IA3_SUFFIX for module in modules}
+    _check_names(expected, set(header.tensors) - {LORA_PREFIX + head for head in heads}, len(header.tensors))
+    vectors = {module: header.tensors[LORA_PREFIX + module + IA3_SUFFIX] for module in modules}
+    _check_values([p for module, info in vectors.items() if (p := _ia3_problem(spec, module, info))], header)
+    return Ia3Inventory(vectors, heads)
+
+
+def factored_inventory(spec: FactoredSpec, header: Header) -> FactoredInventory:
+    """`inventory` for AdaLoRA, LoHa and LoKr."""
+    known = {name for names in FACTORS[spec.method] for name in names}
+    factors: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in header.tensors.items():
+        module, _, factor = name.removeprefix(LORA_PREFIX).rpartition(".")
+        targeted = not spec.target_modules or spec.targets(module)
+        if name.startswith(LORA_PREFIX) and factor in known and targeted:
+            factors.setdefault(module, {})[factor] = info
+    expected = {f"{LORA_PREFIX}{m}.{name}" for m, found in factors.items() for name in _factor_names(spec, set(found))}
+    heads = _heads(spec.modules_to_save, header, LORA_PREFIX)
+    _check_names(expected, set(header.tensors) - {LORA_PREFIX + head for head in heads}, len(header.tensors))
+    every = [(f"{m}.{factor}", info.shape) for m, found in factors.items() for factor, info in found.items()]
+    wrong = [f"{name} is {list(shape)}, not two-dimensional" for name, shape in every if len(shape) != 2]
+    _check_values(wrong, header)
+    return FactoredInventory(dict(sorted(factors.items())), heads)
+
+
+def _factor_names(spec: FactoredSpec, found: set[str]) -> set[str]:
+    """The tensors that one module must have."""
+    names: set[str] = set()
+    for group in FACTORS[spec.method]:
+        names |= set(group) if len(group) == 1 else {group[0]} if group[0] in found else set(group[1:])
+    return names
+
+
+def prefix_inventory(spec: PrefixSpec | PromptSpec, header: Header) -> PrefixInventory:
+    """`inventory` for prefix tuning, prompt tuning and P-tuning."""
     heads = _heads(spec.modules_to_save, header, PREFIX_HEAD_PREFIX)
     _check_names({PROMPT}, set(header.tensors) - {PREFIX_HEAD_PREFIX + head for head in heads}, len(header.tensors))
     prompt = header.tensors[PROMPT]
@@ -101,6 +175,13 @@ def with_targets(spec: Spec, found: Inventory) -> Spec:
     """`spec` with `target_modules` spelled out as whole module paths, where only the tensors said which."""
     if isinstance(spec, LoraSpec) and isinstance(found, LoraInventory) and not spec.target_modules:
         return replace(spec, target_modules=tuple(sorted(found.modules)))
+    if isinstance(spec, FactoredSpec) and isinstance(found, FactoredInventory) and not spec.target_modules:
+        return replace(spec, target_modules=tuple(found.factors))
+    if isinstance(spec, Ia3Spec) and isinstance(found, Ia3Inventory):
+        scaling = tuple(sorted(m for m, info in found.vectors.items() if info.shape[0] == 1 != info.shape[1]))
+        if not spec.target_modules or (scaling and not spec.feedforward_modules):
+            # Both by whole paths: PEFT insists that the one list is a part of the other.
+            return replace(spec, target_modules=tuple(sorted(found.vectors)), feedforward_modules=scaling)
     return spec
 
 
@@ -114,6 +195,12 @@ def facts(spec: Spec, header: Header) -> dict[str, Any]:
     }
     if isinstance(spec, PrefixSpec):
         return {"type": "prefix", "tokens": spec.num_virtual_tokens, **counts}
+    if isinstance(spec, PromptSpec):
+        return {"type": "prompt", "tokens": spec.num_virtual_tokens, **counts}
+    if isinstance(spec, Ia3Spec):
+        return {"type": "ia3", **counts}
+    if isinstance(spec, FactoredSpec):
+        return {"type": spec.method.lower(), "rank": spec.rank, "alpha": spec.alpha, **counts}
     return {"type": "dora" if spec.use_dora else "lora", "rank": spec.rank, "alpha": spec.alpha, **counts}
 
 
@@ -163,6 +250,19 @@ def _check_names(expected: set[str], found: set[str], total: int) -> None:
     kinds = (("Missing", missing), ("Unexpected", unexpected))
     examples = "".join(f" {kind}: {', '.join(names[:3])}." for kind, names in kinds if names)
     raise AdapterMismatch(message + examples, "Export the adapter again with PEFT's save_pretrained.")
+
+
+def _is_ia3(name: str) -> bool:
+    return name.startswith(LORA_PREFIX) and name.endswith(IA3_SUFFIX)
+
+
+def _ia3_problem(spec: Ia3Spec, module: str, info: TensorInfo) -> str | None:
+    if len(info.shape) != 2 or 1 not in info.shape:
+        return f"{module}{IA3_SUFFIX} is {list(info.shape)}, not [out, 1] or [1, in]"
+    scales_input = spec.scales_input(module)
+    if scales_input is not None and info.shape[0 if scales_input else 1] != 1:
+        return f"{module}{IA3_SUFFIX} is {list(info.shape)}, not {'[1, in]' if scales_input else '[out, 1]'}"
+    return None
 
 
 def _ranks(module: str, kind: Kind, spec: LoraSpec, header: Header) -> ModuleRanks:

@@ -7,28 +7,22 @@ accepted only with its neutral value; unknown keys are refused. Source of the ke
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
 from ..errors import FormatError, Unsupported
-from .fields import Check, Fields, T, boolean, integer, number, optional, shown, strings, text
-from .patterns import is_pattern
-from .specs import Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Spec
+from .fields import Fields, boolean, integer, number, optional, shown, text
+from .peft_fields import MAX_NAMES, alpha, any_object, any_text, common, pattern, target_modules, targets
+from .specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Spec
 from .strict_json import dump, parse_object
 
 __all__ = ["LoraSpec", "PrefixSpec", "Spec", "adapter_config", "adapter_config_bytes", "parse_adapter_config"]
 
 MAX_BYTES = 1 << 20
 MAX_RANK = 1024
-MAX_ALPHA = 1e6
-MAX_NAMES = 20_000
 MAX_VIRTUAL_TOKENS = 4096
 
-TASK_TYPES = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 _WHAT = "adapter_config.json"
-_NONE: tuple[str, ...] = ()
-_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*", re.ASCII)
 
 # How A and B began says nothing about inference as long as the base stayed as it was. The others below moved the base.
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -72,7 +66,7 @@ def parse_adapter_config(data: str | bytes) -> Spec:
         raise _no_type(raw)
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
-        hint = "Supported are LORA (with DoRA and rsLoRA), IA3, PREFIX_TUNING, PROMPT_TUNING and P_TUNING."
+        hint = f"Supported are {', '.join(_READERS)}; LORA with DoRA and rsLoRA."
         raise Unsupported(f"{_WHAT}: adapters of type {shown(kind)} are not supported.", hint)
     return reader(Fields(raw, _WHAT))
 
@@ -112,16 +106,16 @@ def _lora(fields: Fields) -> LoraSpec:
     fields.take("qalora_group_size", optional(integer(1, 1 << 20)), None)
     spec = LoraSpec(
         rank=fields.take("r", integer(1, MAX_RANK), 8),
-        alpha=fields.take("lora_alpha", _alpha, 8.0),
-        target_modules=_targets(fields, "exclude_modules", "layers_to_transform", "layers_pattern"),
-        rank_pattern=fields.take("rank_pattern", _pattern(integer(1, MAX_RANK)), {}),
-        alpha_pattern=fields.take("alpha_pattern", _pattern(_alpha), {}),
+        alpha=fields.take("lora_alpha", alpha, 8.0),
+        target_modules=targets(fields, "exclude_modules", "layers_to_transform", "layers_pattern"),
+        rank_pattern=fields.take("rank_pattern", pattern(integer(1, MAX_RANK)), {}),
+        alpha_pattern=fields.take("alpha_pattern", pattern(alpha), {}),
         use_rslora=fields.take("use_rslora", boolean, False),
         use_dora=fields.take("use_dora", boolean, False),
         dropout=fields.take("lora_dropout", number(0.0, 1.0), 0.0),
         lora_bias=fields.take("lora_bias", boolean, False),
         fan_in_fan_out=fields.take("fan_in_fan_out", boolean, False),
-        **_common(fields),
+        **common(fields),
     )
     if spec.lora_bias and spec.use_dora:
         fields.problems.append("lora_bias: cannot be combined with use_dora")
@@ -132,10 +126,10 @@ def _lora(fields: Fields) -> LoraSpec:
 def _ia3(fields: Fields) -> Ia3Spec:
     fields.take("init_ia3_weights", boolean, True)
     spec = Ia3Spec(
-        target_modules=_targets(fields, "exclude_modules"),
-        feedforward_modules=fields.take("feedforward_modules", _target_modules, _NONE),
+        target_modules=targets(fields, "exclude_modules"),
+        feedforward_modules=fields.take("feedforward_modules", target_modules, ()),
         fan_in_fan_out=fields.take("fan_in_fan_out", boolean, False),
-        **_common(fields),
+        **common(fields),
     )
     fields.finish()
     return spec
@@ -150,14 +144,14 @@ def _prompt(fields: Fields, method: Literal["PROMPT_TUNING", "P_TUNING"]) -> Pro
         num_attention_heads=fields.take("num_attention_heads", optional(dimension), None),
         num_transformer_submodules=fields.take("num_transformer_submodules", integer(1, 2), 1),
         method=method,
-        **_common(fields),
+        **common(fields),
     )
     # How the embeddings began or were made says nothing about inference: the file holds them as they are.
     if method == "PROMPT_TUNING":
         fields.take("prompt_tuning_init", text(64), None)
-        fields.take("prompt_tuning_init_text", optional(_any_text), None)
+        fields.take("prompt_tuning_init_text", optional(any_text), None)
         fields.take("tokenizer_name_or_path", optional(text(1024)), None)
-        fields.take("tokenizer_kwargs", _any_object, None)
+        fields.take("tokenizer_kwargs", any_object, None)
     else:
         fields.take("encoder_reparameterization_type", text(64), None)
         fields.take("encoder_hidden_size", optional(dimension), None)
@@ -178,35 +172,15 @@ def _prefix(fields: Fields) -> PrefixSpec:
         num_transformer_submodules=fields.take("num_transformer_submodules", integer(1, 2), 1),
         encoder_hidden_size=fields.take("encoder_hidden_size", optional(dimension), None),
         prefix_projection=fields.take("prefix_projection", boolean, False),
-        **_common(fields),
+        **common(fields),
     )
     fields.finish()
     return spec
 
 
-def _common(fields: Fields) -> dict[str, Any]:
-    """The keys of every PEFT type. Names of bases and classes stay text: nothing opens or imports them."""
-    fields.take("auto_mapping", _auto_mapping, None)
-    fields.take("peft_version", optional(text(128)), None)
-    fields.take("inference_mode", boolean, True)
-    return {
-        "modules_to_save": fields.take("modules_to_save", strings(_module_name, 64), _NONE),
-        "task_type": fields.take("task_type", _task_type, None),
-        "base_model": fields.take("base_model_name_or_path", optional(text(1024)), None),
-        "revision": fields.take("revision", optional(text(256)), None),
-    }
-
-
-def _targets(fields: Fields, *narrowing: str) -> tuple[str, ...]:
-    """`target_modules` if a plain list says everything; else (), and the tensors say which modules they are for."""
-    names = fields.take("target_modules", _target_modules, _NONE)
-    narrowed = [fields.take(key, _layers if key == "layers_to_transform" else _exclusion, False) for key in narrowing]
-    return () if any(narrowed) else names
-
-
 def _take_initialisation(fields: Fields) -> None:
     if fields.take("init_lora_weights", _initialisation, None) == "eva":
-        fields.take("eva_config", _any_object, None)
+        fields.take("eva_config", any_object, None)
     fields.neutral("eva_config", None, reason="only with init_lora_weights eva")
 
 
@@ -221,83 +195,86 @@ def _initialisation(value: Any) -> object:
     return value
 
 
-def _auto_mapping(value: Any) -> None:
-    texts = optional(text(512))
-    if value is not None and not isinstance(value, dict):
-        raise ValueError("expected null or two texts")
-    for key, entry in (value or {}).items():
-        if key not in ("base_model_class", "parent_library"):
-            raise ValueError("expected base_model_class and parent_library only")
-        texts(entry)
-
-
-def _task_type(value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or value not in TASK_TYPES):
-        raise ValueError(f"expected null or one of {', '.join(sorted(TASK_TYPES))}")
-    return value
-
-
-def _module_name(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 512 or not _NAME.fullmatch(value):
-        raise ValueError("expected names of modules such as q_proj or layers.0.mlp")
-    return value
-
-
-def _target_modules(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        text(4096)(value)
-        return ()  # a regular expression or "all-linear": never compiled, the tensors tell the same
-    return _module_names(value)
-
-
-_module_names = strings(_module_name, MAX_NAMES)
-_alpha = number(0.0, MAX_ALPHA, open_low=True)
-
-
-def _exclusion(value: Any) -> bool:
-    return bool(text(4096)(value) if isinstance(value, str) else _module_names(value))
-
-
-def _layers(value: Any) -> bool:
-    layers = value if isinstance(value, list) else [] if value is None else [value]
-    for layer in layers:
-        integer(0, 100_000)(layer)
-    return value is not None
-
-
-def _any_text(value: Any) -> None:
-    if not isinstance(value, str):
-        raise ValueError("expected a text")
-
-
-def _any_object(value: Any) -> None:
-    if value is not None and not isinstance(value, dict):
-        raise ValueError("expected null or an object")
-
-
-def _pattern(check: Check[T]) -> Callable[[Any], dict[str, T]]:
-    def checked(value: Any) -> dict[str, T]:
-        if value is None:
-            return {}
-        if not isinstance(value, dict) or len(value) > MAX_NAMES:
-            raise ValueError(f"expected an object of at most {MAX_NAMES} keys")
-        for key in value:
-            if not is_pattern(key):
-                raise ValueError(f"key {shown(key)} is not a dotted module name (regular expressions are not compiled)")
-        return {key: check(entry) for key, entry in value.items()}
-
-    return checked
-
-
 def _plain(value: float) -> int | float:
     # PEFT types alpha as int, and other readers insist on it.
     return int(value) if value == int(value) else value
+
+
+def _factored(fields: Fields, method: Literal["ADALORA", "LOHA", "LOKR"]) -> FactoredSpec:
+    names = targets(fields, "exclude_modules", "layers_to_transform", "layers_pattern")
+    options: dict[str, Any] = {}
+    if method == "ADALORA":
+        for key, values in {**_NEUTRAL, "use_dora": (False,), "use_rslora": (False,), "lora_bias": (False,)}.items():
+            fields.neutral(key, *values, reason=_NOT_OURS)
+        for key in (*_UNREAD, "qalora_group_size", "r"):
+            fields.take(key, _unread, None)
+        options = {key: fields.take(key, _number, start) for key, start in _SCHEDULE.items()}
+        if options["tinit"] >= options["total_step"] - options["tfinal"]:
+            fields.problems.append("total_step: expected more steps than tinit and tfinal together")
+        options["rank_pattern"] = fields.take("rank_pattern", _masks, dict[str, list[bool]]())
+        options["fan_in_fan_out"] = fields.take("fan_in_fan_out", boolean, False)
+        rank, scale = fields.take("init_r", integer(1, MAX_RANK), 12), fields.take("lora_alpha", alpha, 8.0)
+        patterns: dict[str, Any] = {}
+    else:
+        fields.take("use_effective_conv2d", boolean, False)  # of convolutions alone
+        for key in ("init_weights", "rank_dropout", "module_dropout", "rank_dropout_scale"):
+            fields.take(key, _unread, None)
+        if method == "LOKR":
+            options["decompose_both"] = fields.take("decompose_both", boolean, False)
+            options["decompose_factor"] = fields.take("decompose_factor", integer(-1, 1 << 20), -1)
+        rank, scale = fields.take("r", integer(1, MAX_RANK), 8), fields.take("alpha", alpha, 8.0)
+        patterns = {
+            "rank_pattern": fields.take("rank_pattern", pattern(integer(1, MAX_RANK)), dict[str, int]()),
+            "alpha_pattern": fields.take("alpha_pattern", pattern(alpha), dict[str, float]()),
+        }
+    spec = FactoredSpec(method, rank, scale, names, options=options, **patterns, **common(fields))
+    fields.finish()
+    return spec
+
+
+_UNREAD = ("alpha_pattern", "beta1", "beta2", "eva_config", "init_lora_weights", "lora_dropout", "orth_reg_weight")
+_SCHEDULE = {"target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
+
+
+def _unread(value: Any) -> None:
+    """Of training alone."""
+    if isinstance(value, list | dict) and len(value) > MAX_NAMES:
+        raise ValueError("expected less")
+
+
+def _number(value: Any) -> int:
+    return integer(0, 1 << 53)(value)
+
+
+def _masks(value: Any) -> dict[str, list[bool]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_NAMES:
+        raise ValueError("expected lists of true and false")
+    for key, mask in value.items():
+        text(512)(key)
+        if not isinstance(mask, list) or len(mask) > MAX_RANK or not all(isinstance(one, bool) for one in mask):
+            raise ValueError("expected lists of true and false")
+    return value
+
+
+def _factored_keys(spec: FactoredSpec) -> dict[str, Any]:
+    keys = {**spec.options, "peft_type": spec.method, "target_modules": sorted(spec.target_modules)}
+    if spec.method == "ADALORA":
+        masks = {"rank_pattern": spec.options["rank_pattern"] or None}
+        return {**keys, **masks, "init_r": spec.rank, "lora_alpha": _plain(spec.alpha)}
+    alphas = {key: _plain(value) for key, value in spec.alpha_pattern.items()}
+    ranks = {"r": spec.rank, "rank_pattern": dict(spec.rank_pattern)}
+    return {**keys, **ranks, "alpha": _plain(spec.alpha), "alpha_pattern": alphas}
 
 
 _READERS: dict[str, Callable[[Fields], Spec]] = {
     "LORA": _lora,
     "IA3": _ia3,
     "PREFIX_TUNING": _prefix,
+    "ADALORA": lambda fields: _factored(fields, "ADALORA"),
+    "LOHA": lambda fields: _factored(fields, "LOHA"),
+    "LOKR": lambda fields: _factored(fields, "LOKR"),
     "PROMPT_TUNING": lambda fields: _prompt(fields, "PROMPT_TUNING"),
     "P_TUNING": lambda fields: _prompt(fields, "P_TUNING"),
 }
@@ -306,6 +283,8 @@ _READERS: dict[str, Callable[[Fields], Spec]] = {
 def _own_keys(spec: Spec) -> dict[str, Any]:
     if isinstance(spec, LoraSpec):
         return _lora_keys(spec)
+    if isinstance(spec, FactoredSpec):
+        return _factored_keys(spec)
     if isinstance(spec, Ia3Spec):
         modules = {"target_modules": spec.target_modules, "feedforward_modules": spec.feedforward_modules}
         named = {key: sorted(names) for key, names in modules.items()}

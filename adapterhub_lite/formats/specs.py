@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .patterns import first_match
 
@@ -77,6 +77,47 @@ class Ia3Spec:
 
 
 @dataclass(frozen=True)
+class FactoredSpec:
+    """A sum with a weight that is written as a product of small matrices otherwise than in LoRA.
+
+    ADALORA: B diag(E) A (arXiv 2303.10512). LOHA: (A1 B1) * (A2 B2), value by value (arXiv 2108.06098). LOKR: the
+    Kronecker product of two matrices, each of them whole or a product (arXiv 2309.14859).
+
+    Attributes:
+        options: the other keys of the configuration that PEFT needs to read the tensors.
+    """
+
+    method: Literal["ADALORA", "LOHA", "LOKR"]
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+
+    def rank_of(self, module_name: str) -> int:
+        """The rank at one module (its path inside the base model); AdaLoRA's masks say what is left of it."""
+        mask = self.options.get("rank_pattern", {}).get(f"{module_name}.lora_E")
+        if mask is not None:
+            return sum(mask)
+        key = first_match(self.rank_pattern, module_name)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, module_name: str) -> float:
+        """The alpha at one module."""
+        key = first_match(self.alpha_pattern, module_name)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def targets(self, module_name: str) -> bool:
+        """Whether the configuration names this module, by its whole path or by whole last components of it."""
+        return _named(module_name, self.target_modules)
+
+
+@dataclass(frozen=True)
 class PrefixSpec:
     """A prefix-tuning adapter: `num_virtual_tokens` keys and values of width `token_dim` in each of `num_layers`."""
 
@@ -122,7 +163,7 @@ class PromptSpec:
         return (self.num_virtual_tokens * self.num_transformer_submodules, self.token_dim)
 
 
-Spec = LoraSpec | Ia3Spec | PrefixSpec | PromptSpec
+Spec = LoraSpec | FactoredSpec | Ia3Spec | PrefixSpec | PromptSpec
 
 
 def _named(module_name: str, targets: tuple[str, ...]) -> bool:

@@ -23,7 +23,7 @@ from ..adapters.sites import is_conv1d
 from ..bases.quantization import quantized_round_trip
 from ..bases.views import HEAD_NAMES, View, kind_of, make_view
 from ..errors import AdapterMismatch, Unsupported
-from ..formats.peft_config import PrefixSpec
+from ..formats.specs import FactoredSpec, LoraSpec
 from .checkpoint import DTYPES, Checkpoint, Planned
 
 BAKES = ("auto", "dequantised", "original")
@@ -93,9 +93,14 @@ def plan_merge(
 
 
 def _check_options(adapter: Adapter, bake: str, dtype: str) -> None:
-    if isinstance(adapter.spec, PrefixSpec):
+    if not isinstance(adapter.spec, LoraSpec | FactoredSpec):
+        what = {
+            "Ia3Spec": "an IA3 adapter: merging does not know its factors yet",
+            "PrefixSpec": "a prefix: keys and values before the text, not a change of weights",
+            "PromptSpec": "a prompt: virtual tokens before the text, not a change of weights",
+        }[type(adapter.spec).__name__]
         raise Unsupported(
-            f"{adapter.name} is a prefix: keys and values before the text, not a change of weights.",
+            f"{adapter.name} is {what}.",
             "Serve it with its base, or train a LoRA adapter to merge.",
         )
     if bake not in BAKES:

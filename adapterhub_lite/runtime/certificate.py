@@ -103,7 +103,7 @@ def measure_fitted(base: Base, fitted: Fitted) -> dict[str, Any]:
         targets = [row[:_DECODED] if base.kind == "seq2seq" else row[1:] for row in rows]
         if base.kind != "encoder" and any(targets):
             figures["loss"], figures["base_loss"] = (_loss(logits, targets) for logits in (adapted, bare))
-    if fitted.sites:
+    if any(len(site.down) for site in fitted.sites.values()):
         figures["layer_change"] = _layer_change(fitted)
     figures["max_logit_change"], figures["mean_logit_change"] = float(change.max()), float(change.mean())
     _check_moves(base, fitted, figures)
@@ -156,7 +156,9 @@ def _hidden_states(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence
     with torch.inference_mode(), hooks.using(plan.sites):
         model = base.view("FEATURE_EXTRACTION").model
         hidden = model(**encoder_inputs(ids, mask, plan.prefix, base.config)).last_hidden_state
-    return [hidden[i, : len(row)] for i, row in enumerate(rows)]
+    # Virtual tokens of a prompt come right before the row's own.
+    begins = [row.prompt.tokens if row and row.prompt else 0 for row in plan.rows]
+    return [hidden[i, n : n + len(row)] for i, (n, row) in enumerate(zip(begins, rows, strict=True))]
 
 
 def _loss(logits: Sequence[torch.Tensor], targets: Sequence[list[int]]) -> float:
@@ -180,7 +182,7 @@ def _layer_change(fitted: Fitted) -> float:
 
 def _ids(base: Base, fitted: Fitted, text: str) -> list[int]:
     limit = position_limit(base)
-    room = _LONGEST if limit is None else min(_LONGEST, limit - (fitted.prefix.tokens if fitted.prefix else 0))
+    room = _LONGEST if limit is None else min(_LONGEST, limit - fitted.virtual_tokens)
     return list(base.tokenizer(text, truncation=True, max_length=max(room, 1))["input_ids"])
 
 

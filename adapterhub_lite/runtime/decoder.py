@@ -63,7 +63,7 @@ class Decoder:
         self.layers = [_layer(layer) for layer in inner.layers]
         self.shape = WindowShape(len(self.layers), self.kv_heads, self.head_dim)
         self.sites = [self.lm_head, *(site for x in self.layers for site in (x.qkv, x.out, x.gate_up, x.down))]
-        pack_sites(self.sites)
+        pack_sites(self.sites, base.dtype)
         self._groups = {site.modules for site in self.sites}
         self._native = NativeStep(self) if can_step_natively(self) else None
 

@@ -75,8 +75,8 @@ def _by_words(engine: Engine, texts: list[str], rows: list[Ref | None]) -> list[
 
 def _class_ids(engine: Engine, text: str, row: Ref | None) -> list[int]:
     if row is None:
-        return class_ids(engine.base, text, None, None)
-    return class_ids(engine.base, text, engine.task(row), engine.fitted(row).prefix)
+        return class_ids(engine.base, text, None, 0)
+    return class_ids(engine.base, text, engine.task(row), engine.fitted(row).virtual_tokens)
 
 
 def _labels(engine: Engine, ref: Ref | None, fitted: Fitted | None) -> list[str]:

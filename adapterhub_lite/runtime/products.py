@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..adapters.pack import Group
-from ..adapters.sites import features
 from ..bases.fused import fuse
 from ..bases.packing import packable, packed
+from ..bases.quantization import dense_weight
 from ..kernels.packed import PackedWeight
 from .changes import Changes
 
@@ -21,6 +21,8 @@ from .changes import Changes
 _TRIED = (1, 4, 8, 16, 32, 64)
 _SITES = 8
 _REPEATS = 4
+# What was measured in this process, so that two loads of one base compute alike.
+_LIMITS: dict[tuple[str, int, int, torch.dtype, int], int] = {}
 
 
 class Site:
@@ -60,7 +62,7 @@ class Site:
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def pack_sites(sites: Sequence[Site]) -> None:
+def pack_sites(sites: Sequence[Site], dtype: torch.dtype) -> None:
     """Give every site a packed weight, if this machine has the native products, and find out up to how many rows each
     is faster than torch's product: measured once for every shape, over several sites, as a forward reads them.
     """
@@ -71,21 +73,23 @@ def pack_sites(sites: Sequence[Site]) -> None:
         site.packed = packed(site.modules) if site.uniform else None
         if site.packed is not None:
             alike.setdefault((site.packed.form, site.packed.n_in, site.packed.n_out), []).append(site)
-    for some in alike.values():
-        rows = _rows_up_to(some[:_SITES])
+    for shape, some in alike.items():
+        key = (*shape, dtype, torch.get_num_threads())
+        if key not in _LIMITS:
+            _LIMITS[key] = _rows_up_to(some[:_SITES], dtype)
         for site in some:
-            site.packed_rows = rows
+            site.packed_rows = _LIMITS[key]
 
 
-def _rows_up_to(sites: Sequence[Site]) -> int:
-    some = next(sites[0].modules[0].parameters())
-    dtype = some.dtype if some.is_floating_point() else torch.float32
+def _rows_up_to(sites: Sequence[Site], dtype: torch.dtype) -> int:
+    """Torch's side computes with dense weights, also for quantised layers: a choice must not depend on free memory."""
+    dense = [torch.cat([dense_weight(module, dtype) for module in site.modules]) for site in sites]
     best = 0
     for rows in _TRIED:
-        x = torch.ones((rows, features(sites[0].modules[0])[0]), dtype=dtype)
+        x = torch.ones((rows, dense[0].shape[1]), dtype=dtype)
         with torch.inference_mode():
             native = _seconds([partial(site.packed, x) for site in sites if site.packed is not None])
-            plain = _seconds([partial(site.plain, x) for site in sites])
+            plain = _seconds([partial(F.linear, x, weight) for weight in dense])
         if native > plain:
             break
         best = rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..adapters.prefix import FittedPrefix
 from ..bases.load import Base
 from ..errors import CapacityError, Unsupported
 from ..tasks.prompts import prompt_ids
@@ -27,9 +26,13 @@ def question_ids(base: Base, text: str, task: Task | None) -> list[int]:
     return raw_ids(base, text) if base.kind == "seq2seq" else prompt_ids(base.tokenizer, text)
 
 
-def class_ids(base: Base, text: str, task: Task | None, prefix: FittedPrefix | None) -> list[int]:
-    """Token ids of a text for a classification head, cut to what the base's positions and the task leave."""
-    limit = (position_limit(base) or 512) - (prefix.tokens if prefix else 0)
+def class_ids(base: Base, text: str, task: Task | None, virtual: int) -> list[int]:
+    """Token ids of a text for a classification head, cut to what the base's positions and the task leave.
+
+    Args:
+        virtual: virtual tokens of the adapter, which need positions too.
+    """
+    limit = (position_limit(base) or 512) - virtual
     if task is None:
         return list(base.tokenizer(text, truncation=True, max_length=limit)["input_ids"])
     return task.encode(text, base.tokenizer, "encoder", min(limit, int(task.config.get("max_length") or limit)))
@@ -50,9 +53,9 @@ def check_lengths(base: Base, plan: BatchPlan, prompts: Sequence[list[int]], new
     if not all(prompts):
         raise Unsupported("An empty prompt has no tokens.", "Give at least one character.")
     for row, prompt in zip(plan.rows, prompts, strict=True):
-        virtual = row.prefix.tokens if row and row.prefix else 0
+        virtual = row.virtual_tokens if row else 0
         if limit is not None and len(prompt) + virtual + new_tokens > limit:
-            before = f"{len(prompt)} prompt tokens" + (f" + {virtual} of the prefix" if virtual else "")
+            before = f"{len(prompt)} prompt tokens" + (f" + {virtual} virtual ones" if virtual else "")
             raise CapacityError(
                 f"{before} + {new_tokens} new ones exceed this base's {limit} positions.",
                 "Shorten the prompt or lower max_new_tokens.",

@@ -15,7 +15,7 @@ from ..formats.archive import is_archive, read_archive
 from ..formats.files import read_regular
 from ..formats.peft_config import parse_adapter_config
 from ..formats.safetensors_header import Header, parse_header, read_header
-from ..formats.specs import LoraSpec, Spec
+from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, Spec
 from ..names import Ref, check_name
 from ..store import Store
 from ..store.incoming import LIMITS
@@ -110,22 +110,38 @@ def _check_fit(spec: Spec, header: Header, base: str, folder: Path) -> None:
     """Raise AdapterMismatch, naming the first module and both shapes, unless every tensor has its place in the base."""
     import torch
 
+    from ..adapters.factored import factor_mismatches, split_factors
+    from ..adapters.ia3 import ia3_mismatches, split_ia3
     from ..adapters.lora import mismatches, split_tensors
     from ..adapters.prefix import fit_prefix, prefix_shape
+    from ..adapters.prompt import fit_prompt
     from ..bases.skeleton import skeleton
 
     view = skeleton(folder, spec.task_type)
     tensors = {key: torch.empty(info.shape, device="meta") for key, info in header.tensors.items()}
     try:
-        if isinstance(spec, LoraSpec):
-            parts, heads = split_tensors(tensors)
-            problems = mismatches(spec, parts, view.modules)
+        if isinstance(spec, LoraSpec | FactoredSpec | Ia3Spec):
+            if isinstance(spec, LoraSpec):
+                parts, heads = split_tensors(tensors)
+                problems = mismatches(spec, parts, view.modules)
+            elif isinstance(spec, FactoredSpec):
+                parts, heads = split_factors(tensors)
+                problems = factor_mismatches(spec, parts, view.modules)
+            else:
+                vectors, heads = split_ia3(tensors)
+                problems = ia3_mismatches(spec, vectors, view.modules)
             if problems:
-                raise AdapterMismatch(f"{len(problems)} of {len(parts)} modules do not fit: {problems[0]}.")
+                raise AdapterMismatch(f"{len(problems)} modules do not fit: {problems[0]}.")
             stem = "base_model.model."
         else:
             heads, stem = dict(tensors), "base_model."
-            fit_prefix(spec, heads.pop("prompt_embeddings"), prefix_shape(view.model.config))
+            embeddings = heads.pop("prompt_embeddings")
+            model: Any = view.model
+            if isinstance(spec, PrefixSpec):
+                fit_prefix(spec, embeddings, prefix_shape(model.config))
+            else:
+                width = model.get_input_embeddings().weight.shape[1]
+                fit_prompt(spec, embeddings, width, 2 if model.config.is_encoder_decoder else 1)
         _check_head(heads, f"{stem}{view.head_name}.", view.head)
     except AdapterMismatch as error:
         raise AdapterMismatch(

@@ -15,7 +15,7 @@ from ..errors import Unsupported
 from ..evaluation.evaluate import evaluate
 from ..events import Evaluated, Listener, Note, Stage, ignore
 from ..formats.card import Card, examples_of
-from ..formats.peft_config import LoraSpec
+from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec
 from ..names import Ref, check_name
 from ..recipe import FileData, Recipe, load_recipe, recipe_dict
 from ..runtime.certificate import measure
@@ -122,7 +122,12 @@ def adapter_summary(adapter: Adapter) -> dict[str, Any]:
     if isinstance(adapter.spec, LoraSpec):
         kind = "dora" if adapter.spec.use_dora else "lora"
         return {"type": kind, "rank": adapter.spec.rank, "alpha": adapter.spec.alpha, **size}
-    return {"type": "prefix", "tokens": adapter.spec.num_virtual_tokens, **size}
+    if isinstance(adapter.spec, FactoredSpec):
+        return {"type": adapter.spec.method.lower(), "rank": adapter.spec.rank, "alpha": adapter.spec.alpha, **size}
+    if isinstance(adapter.spec, Ia3Spec):
+        return {"type": "ia3", **size}
+    kind = "prefix" if isinstance(adapter.spec, PrefixSpec) else "prompt"
+    return {"type": kind, "tokens": adapter.spec.num_virtual_tokens, **size}
 
 
 def base_summary(base: Base) -> dict[str, Any]:

@@ -373,7 +373,7 @@ ATTACKS = [
     *rows("I6", "files", AdapterMismatch, PREFIXES),
     *rows("I7", "files", FormatError, CONFIGS),
     *rows("I7", "files", None, NEUTRAL, harmless=untouched),
-    Attack("I7 another method", "files", config(peft_type="IA3"), Unsupported, "type 'IA3' are not supported"),
+    Attack("I7 another method", "files", config(peft_type="POLY"), Unsupported, "type 'POLY' are not supported"),
     *map(named, BASES),
     *rows("I9", "files", None, DIGESTS, harmless=foreign),
     *rows("I9 card", "files", None, POISON, harmless=foreign),

@@ -90,7 +90,7 @@ def test_round_trip_is_canonical() -> None:
     ("changes", "words"),
     [
         ({"surprise": 1}, "'surprise': unknown key"),
-        ({"adapter": {"type": "ia3"}}, "adapter: expected an object whose type is one of lora, dora, prefix"),
+        ({"adapter": {"type": "poly"}}, "adapter: expected an object whose type is one of lora, dora, "),
         ({"base": None}, "base: expected an object"),
         ({"recipe": []}, "recipe: expected an object or null"),
         ({"seed": True}, "seed: expected a whole number"),
