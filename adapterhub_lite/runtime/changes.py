@@ -19,6 +19,10 @@ from .batch import BatchPlan
 class Changes(Protocol):
     """Applies what a plan changes at a group of layers."""
 
+    def scale_input(self, group: Group, x: torch.Tensor) -> torch.Tensor:
+        """What the frozen product of the group is given for x [rows, ..., in]."""
+        ...
+
     def apply(self, group: Group, x: torch.Tensor, out: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> None:
         """Change out = W x [rows, ..., outputs of all layers of the group], in place; x is [rows, ..., in]."""
         ...
@@ -38,6 +42,11 @@ class LaneChanges:
     def __init__(self, plan: BatchPlan) -> None:
         self._groups = plan.groups
 
+    def scale_input(self, group: Group, x: torch.Tensor) -> torch.Tensor:
+        """See `Changes`."""
+        change = self._groups.get(group)
+        return x if change is None else change.scale_input(x)
+
     def apply(self, group: Group, x: torch.Tensor, out: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> None:
         """See `Changes`."""
         change = self._groups.get(group)
@@ -52,6 +61,10 @@ class NativeChanges:
     def __init__(self, plan: BatchPlan) -> None:
         self._rows = plan.rows
         self._groups: dict[Group, RowChanges | None] = {}
+
+    def scale_input(self, group: Group, x: torch.Tensor) -> torch.Tensor:
+        """Adapters that scale an input are not computed here."""
+        return x
 
     def apply(self, group: Group, x: torch.Tensor, out: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> None:
         """See `Changes`."""

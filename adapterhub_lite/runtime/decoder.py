@@ -69,8 +69,7 @@ class Decoder:
 
     def knows(self, plan: BatchPlan) -> bool:
         """Whether all layers that a plan changes are layers of this forward."""
-        packs = [item for row in plan.rows if row is not None for item in row.packs.items()]
-        return all(group in self._groups and pack.scale is None for group, pack in packs)
+        return all(group in self._groups for row in plan.rows if row is not None for group in row.packs)
 
     def new_window(self, rows: int, columns: int) -> Window:
         """An empty window for this base."""

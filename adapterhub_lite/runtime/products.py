@@ -40,11 +40,12 @@ class Site:
 
     def __call__(self, x: torch.Tensor, changes: Changes) -> torch.Tensor:
         """x [rows, ..., in] -> [rows, ..., out of all layers]."""
+        given = changes.scale_input(self.modules, x)
         if self.packed is not None and x.numel() <= self.packed_rows * x.shape[-1]:
-            out = self.packed(x, self._bias)
+            out = self.packed(given, self._bias)
         else:
-            out = self.plain(x)
-        changes.apply(self.modules, x, out, self._biases)
+            out = self.plain(given)
+        changes.apply(self.modules, given, out, self._biases)
         return out
 
     @property
