@@ -56,14 +56,26 @@ def library() -> Library:
     if compiler is None:
         return Library(None, "no C compiler (cc or gcc) is installed")
     try:
-        path = _built(compiler, {name: (files(__package__) / name).read_bytes() for name in _SOURCES})
-        functions = ctypes.CDLL(str(path))
-        _declare(functions)
+        functions = _loaded(compiler, {name: (files(__package__) / name).read_bytes() for name in _SOURCES})
     except subprocess.CalledProcessError as error:
         return Library(None, f"{compiler} failed: {_first_line(error.stderr)}")
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         return Library(None, f"{type(error).__name__}: {error}")
+    if not _computes(functions):
+        return Library(None, f"what {compiler} built does not compute what it should")
     return Library(functions, f"built with {compiler} for this processor")
+
+
+def _loaded(compiler: str, sources: dict[str, bytes]) -> ctypes.CDLL:
+    path = _built(compiler, sources)
+    try:
+        functions = ctypes.CDLL(str(path))
+        _declare(functions)
+    except (OSError, AttributeError):  # cut short or damaged since it was built
+        path.unlink(missing_ok=True)
+        functions = ctypes.CDLL(str(_built(compiler, sources)))
+        _declare(functions)
+    return functions
 
 
 def _built(compiler: str, sources: dict[str, bytes]) -> Path:
@@ -91,6 +103,28 @@ def _declare(functions: ctypes.CDLL) -> None:
         function = getattr(functions, name)
         function.restype = None
         function.argtypes = [kinds[kind] for kind in arguments]
+
+
+def _computes(functions: ctypes.CDLL) -> bool:
+    """Whether a product of small whole numbers is right in each form: sums of 0..63 times 1, 1, 2 and 3."""
+    import torch
+
+    x, out = torch.arange(64.0), torch.empty(32)
+    table = torch.arange(16.0)
+    forms = (
+        (torch.ones((64, 32)), torch.ones(32), 1),
+        (torch.ones((64, 32), dtype=torch.bfloat16), torch.ones(32), 1),
+        (torch.full((64, 16), 0x11, dtype=torch.uint8), torch.full((32,), 2.0), 2),
+        (torch.ones((64, 32), dtype=torch.int8), torch.full((32,), 3.0), 3),
+    )
+    for form, (weight, scales, factor) in enumerate(forms):
+        functions.ahl_linear(
+            x.data_ptr(), 1, 64, weight.data_ptr(), form, scales.data_ptr(), table.data_ptr(), None, 32,
+            out.data_ptr(), 1,
+        )  # fmt: skip
+        if not bool((out == 2016.0 * factor).all()):
+            return False
+    return True
 
 
 def _processor() -> str:

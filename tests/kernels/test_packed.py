@@ -147,3 +147,34 @@ def test_it_is_built_once_and_nothing_is_left_over(fresh: Path) -> None:
     building.library.cache_clear()
     assert library().functions is not None
     assert [(path, path.stat().st_mtime_ns) for path in (fresh / "kernels").iterdir()] == [(made_file, before)]
+
+
+@needs_library
+def test_a_file_that_was_cut_short_is_built_anew(fresh: Path) -> None:
+    assert library().functions is not None
+    (made_file,) = (fresh / "kernels").iterdir()
+    whole = made_file.read_bytes()
+    made_file.unlink()  # what is loaded stays mapped
+    made_file.write_bytes(whole[:1000])
+    code = "from adapterhub_lite.kernels.library import library; print(library().functions is not None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+    assert made_file.stat().st_size == len(whole)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["vectors.h", "wide.c"])
+def test_code_that_computes_wrongly_is_not_used(fresh: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    start = "widen_signed(const char *p) { return "
+    wrong = {"vectors.h": (f"{start}(ints)", f"{start}1 + (ints)"), "wide.c": ("both << 16", "both << 15")}[name]
+    real = building._built
+
+    def built(compiler: str, sources: dict[str, bytes]) -> Path:
+        text = sources[name].decode()
+        if wrong[0] not in text:
+            pytest.skip("this processor uses the general form")
+        return real(compiler, {**sources, name: text.replace(*wrong).encode()})
+
+    monkeypatch.setattr(building, "_built", built)
+    assert library().functions is None
+    assert "does not compute" in library().reason
