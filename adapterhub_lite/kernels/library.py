@@ -67,24 +67,20 @@ def library() -> Library:
 
 
 def _loaded(compiler: str, sources: dict[str, bytes]) -> ctypes.CDLL:
-    path = _built(compiler, sources)
-    try:
-        functions = ctypes.CDLL(str(path))
-        _declare(functions)
-    except (OSError, AttributeError):  # cut short or damaged since it was built
-        path.unlink(missing_ok=True)
-        functions = ctypes.CDLL(str(_built(compiler, sources)))
-        _declare(functions)
+    functions = ctypes.CDLL(str(_built(compiler, sources)))
+    _declare(functions)
     return functions
 
 
 def _built(compiler: str, sources: dict[str, bytes]) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_SECONDS).stdout
     mark = b"\0".join([*sources.values(), " ".join(_FLAGS).encode(), version, _processor().encode()])
-    folder = cache_root() / "kernels"
-    path = folder / f"{hashlib.sha256(mark).hexdigest()[:32]}.so"
-    if path.is_file():
-        return path
+    folder, stem = cache_root() / "kernels", hashlib.sha256(mark).hexdigest()[:32]
+    for path in folder.glob(f"{stem}-*.so"):
+        # Its name says its content: loading a file that was cut short would end the process.
+        if path.stem == f"{stem}-{_digest(path)}":
+            return path
+        path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as build:
         for name, source in sources.items():
@@ -93,8 +89,11 @@ def _built(compiler: str, sources: dict[str, bytes]) -> Path:
         made = Path(build) / "native.so"
         command = [compiler, *_FLAGS, "-o", str(made), *code, "-lm"]
         subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS)
-        made.replace(path)
-    return path
+        return made.replace(folder / f"{stem}-{_digest(made)}.so")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _declare(functions: ctypes.CDLL) -> None:
