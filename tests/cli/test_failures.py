@@ -100,7 +100,7 @@ def test_ctrl_c_in_training_stores_nothing(shop: Shop, tmp_path: Path) -> None:
             break
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; nothing was stored"
     assert "Traceback" not in err
