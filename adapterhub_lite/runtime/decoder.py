@@ -159,10 +159,16 @@ def _make(base: Base) -> Decoder | None:
     config = base.config
     if base.kind != "causal" or config.model_type not in _FAMILIES:
         return None
-    if _slides(config):
+    if _slides(config) or _rope_follows_length(config):
         return None
     decoder = Decoder(base)
     return decoder if _agrees(base, decoder) else None
+
+
+def _rope_follows_length(config: Any) -> bool:
+    """Whether the angles of all rows change with the longest one, as they must not in a batch of strangers."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
 
 
 def _slides(config: Any) -> bool:

@@ -2,70 +2,205 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
+from ..adapters.adapter import WEIGHTS_FILE
 from ..adapters.fit import Fitted
 from ..bases.load import Base
-from ..errors import NotFound, Unsupported
+from ..errors import AdapterHubError, NotFound, Unsupported
 from ..events import Listener
+from ..formats.safetensors_header import read_header
+from ..formats.specs import PromptSpec
 from ..names import Ref
 from ..store import Store
 from ..tasks.registry import make_task
 from ..tasks.task import Task
 from .admit import Admitted, admit, prove
-from .batch import BatchPlan, Composer
+from .batch import BatchPlan
 from .memo import Memo
+from .mixes import Chosen, MixRef, mix, resolve_mix
 from .remark import remark
 from .sites import SiteHooks
 from .slots import Slots
+from .texts import tokenizer_lock
+from .tiers import BoundedComposer, Prefetch, Residence, device_budget, host_tier
 
 
 class Engine:
     """Base, store, slots and hooks of one runtime. Knows references and token rows, not texts."""
 
-    def __init__(self, base: Base, store: Store, slots: int, batch_size: int, on_event: Listener) -> None:
+    def __init__(
+        self,
+        base: Base,
+        store: Store,
+        slots: int | None,
+        batch_size: int,
+        on_event: Listener,
+        memory: int | str | None = None,
+        host_memory: int | str | None = None,
+    ) -> None:
         self.base = base
         self.store = store
         self.batch_size = batch_size
-        self.slots = Slots(slots)
+        self.slots = Slots(slots, device_budget(memory, base.device))
+        self.host = host_tier(host_memory, base.device)
         self.hooks = SiteHooks()
-        self.composer = Composer()
+        self.composer = BoundedComposer(lambda: self.slots.free)
         self.tasks: dict[str, Task | None] = {}
+        self._prefetch = Prefetch()
+        self._arriving: dict[str, Callable[[], None]] = {}
+        self._sizes: dict[str, int] = {}
         self._memo = Memo()
         self._proven: set[str] = set()
         self._remarked: set[str] = set()
         self._on_event = on_event
+        self._classified = False
         self._closed = False
 
     def close(self) -> None:
         """Take the hooks off the base and refuse every later batch: without hooks it would answer as the bare base."""
         self._closed = True
+        self._prefetch.close()
         self.hooks.remove()
 
-    def resolve(self, ref: str | Ref | None) -> Ref | None:
-        """The version a reference names now; None is the bare base."""
-        if ref is None or (isinstance(ref, Ref) and ref.digest is not None):
-            return ref  # type: ignore[return-value]
-        if not isinstance(ref, str | Ref):
-            raise Unsupported(f"{ref!r} is not an adapter.", "Write name, name@3 or name:prod, or None for the base.")
-        return self.store.resolve(ref)
+    # -- which adapter -------------------------------------------------------------------------------------------
+
+    def resolve(self, ref: Chosen) -> Ref | None:
+        """The version a reference names now, or the mix that weights of some make; None is the bare base."""
+        return self.resolve_all([ref])[0]
+
+    def resolve_all(self, chosen: Sequence[Chosen]) -> list[Ref | None]:
+        """`resolve` for some at once: what is named twice is the same version both times."""
+        known: dict[str | Ref, Ref | None] = {}
+
+        def one(ref: Any) -> Ref | None:
+            if ref is None or (isinstance(ref, Ref) and ref.digest is not None):
+                return ref
+            if not isinstance(ref, str | Ref):
+                raise Unsupported(
+                    f"{ref!r} is not an adapter.", "Write name, name@3 or name:prod, or None for the base."
+                )
+            if ref not in known:
+                known[ref] = self.store.resolve(ref)
+            return known[ref]
+
+        return [resolve_mix(ref, one) if isinstance(ref, Mapping) else one(ref) for ref in chosen]
+
+    def named(self, ref: Chosen) -> tuple[Ref, str]:
+        """A reference that must name an adapter, and its digest."""
+        resolved = self.resolve(ref)
+        if resolved is None:
+            raise Unsupported("That is the bare base, which is always there.", "Name an adapter.")
+        assert resolved.digest is not None
+        return resolved, resolved.digest
+
+    def task(self, ref: Chosen) -> Task | None:
+        """The task an adapter was trained for, if its card says; a mix has that of its head, or heaviest member."""
+        resolved, digest = self.named(ref)
+        if digest not in self.tasks:
+            if isinstance(resolved, MixRef):
+                return self.task(resolved.heaviest)
+            config = self.store.card(resolved).task
+            self.tasks[digest] = make_task(config) if config.get("type") else None
+        return self.tasks[digest]
+
+    # -- bringing in ---------------------------------------------------------------------------------------------
 
     def fitted(self, ref: Ref) -> Fitted:
-        """The resident adapter, brought in if it is not."""
+        """The resident adapter, brought in if it is not. What fails changes nothing."""
         assert ref.digest is not None
         held = self.slots.get(ref.digest)
         if held is None:
-            if ref.version is None:
-                raise NotFound(f"{ref} was never stored and has left its slot.", "Attach it again, or raise slots.")
-            admitted = admit(self.store, ref, self.base)
-            self._prove(admitted, ref.digest)
-            held = admitted.fitted
+            held = self._found(ref)
             self.keep(held)
-            if admitted.remark and ref.digest not in self._remarked:
-                self._remarked.add(ref.digest)
-                remark(admitted.remark, ref.digest, self.base, self._on_event)
+        if ref.digest in self._arriving:
+            self._arriving.pop(ref.digest)()
         return held
+
+    def keep(self, fitted: Fitted) -> None:
+        """Make a fitted adapter resident."""
+        size = fitted.nbytes
+        for out in self.slots.make_room(fitted.digest, fitted.name, size):
+            self._forget(out)
+        self.composer.trim(self.slots.free - size)
+        self.slots.put(fitted)
+        self._classified |= fitted.task_type == "SEQ_CLS"
+        self.hooks.cover(fitted.sites)
+        if self._closed:  # while it was on its way
+            self.hooks.remove()
+        if self.host is not None:
+            self.host.put(fitted)
+
+    def drop(self, ref: Ref) -> bool:
+        """Let an adapter leave the memory of device and host; False if it was in neither."""
+        assert ref.digest is not None
+        resident = self.slots.drop(ref.digest)
+        self._forget(ref.digest)
+        return (self.host is not None and self.host.drop(ref.digest)) or resident
+
+    def prefetch(self, refs: Iterable[Ref]) -> None:
+        """Begin to bring adapters in beside what runs; see `Prefetch`."""
+        if self._closed:
+            raise Unsupported("This runtime is closed.", "Make a new one.")
+        for ref in refs:
+            assert ref.digest is not None
+            if isinstance(ref, MixRef):
+                self.prefetch(member for member, _ in ref.members)
+            if ref.digest not in self.slots:
+                self._prefetch.start(ref.digest, partial(self._read_ahead, ref), partial(self._install, ref))
+
+    def residency(self) -> list[Residence]:
+        """Every adapter in memory, where it is nearest; least recently used first, the device's last."""
+        held = self.slots.resident()
+        here = {fitted.digest for fitted in held}
+        images = [] if self.host is None else [i for i in self.host.resident() if i.fitted.digest not in here]
+        found = [Residence(image.fitted.name, "host", image.nbytes, False, 0) for image in images]
+        for fitted in held:
+            digest = fitted.digest
+            pinned, leases = self.slots.is_pinned(digest), self.slots.leases(digest)
+            found.append(Residence(fitted.name, "device", fitted.nbytes, pinned, leases))
+        return found
+
+    def _found(self, ref: Ref) -> Fitted:
+        """An adapter that is not in a slot: mixed, from the host's memory, or from the store."""
+        assert ref.digest is not None
+        if self.host is not None and ref.digest in self.host:
+            self.slots.check_room(ref.digest, str(ref), self.host.size(ref.digest) or 0)
+            held, self._arriving[ref.digest] = self.host.promote(ref.digest)
+            return held
+        if isinstance(ref, MixRef):
+            return self._mixed(ref)
+        if ref.version is None:
+            raise NotFound(f"{ref} was never stored and has left its slot.", "Attach it again, or raise slots.")
+        self.slots.check_room(ref.digest, str(ref), self.size(ref))
+        admitted = self._prefetch.take(ref.digest) or admit(self.store, ref, self.base)
+        self._prove(admitted, ref.digest)
+        if admitted.remark and ref.digest not in self._remarked:
+            self._remarked.add(ref.digest)
+            remark(admitted.remark, ref.digest, self.base, self._on_event)
+        return admitted.fitted
+
+    def _mixed(self, ref: MixRef) -> Fitted:
+        """Members are used where they are; one that is read for this stays only where that puts nothing out."""
+        self._prefetch.take(str(ref.digest))
+        members = []
+        for member, _ in ref.members:
+            held = self.slots.get(str(member.digest))
+            if held is None:
+                held = self._found(member)
+                if self.slots.has_room(held.nbytes):
+                    self.keep(held)
+            if member.digest in self._arriving:
+                self._arriving.pop(str(member.digest))()
+            members.append(held)
+        made = mix(ref, members, self.base.siblings)
+        if made.head is not None:
+            headed = next(m for (m, _), fitted in zip(ref.members, members, strict=True) if fitted.head is not None)
+            self.tasks[made.digest] = self.task(headed)
+        return made
 
     def _prove(self, admitted: Admitted, digest: str) -> None:
         """Measure a version before anybody is served by it, unless that was done on this machine."""
@@ -75,22 +210,31 @@ class Engine:
             self._memo.add(digest, self.base, prove(admitted, self.base))
         self._proven.add(digest)
 
-    def keep(self, fitted: Fitted) -> None:
-        """Make a fitted adapter resident."""
-        out = self.slots.put(fitted)
-        if out is not None:
-            self.composer.forget(out)
-        self.hooks.cover(fitted.sites)
+    def _in_host(self, ref: Ref) -> bool:
+        return self.host is not None and str(ref.digest) in self.host
 
-    def task(self, ref: str | Ref) -> Task | None:
-        """The task a stored adapter was trained for, if its card says."""
-        resolved = self.resolve(ref)
-        assert resolved is not None
-        assert resolved.digest is not None
-        if resolved.digest not in self.tasks:
-            config = self.store.card(resolved).task
-            self.tasks[resolved.digest] = make_task(config) if config.get("type") else None
-        return self.tasks[resolved.digest]
+    def _forget(self, digest: str) -> None:
+        self.composer.forget(digest)
+        self._arriving.pop(digest, None)
+
+    def _read_ahead(self, ref: Ref) -> Admitted | None:
+        """What can be done for an adapter without the lock of the base: its bytes read, verified and fitted."""
+        if isinstance(ref, MixRef) or ref.version is None or self._in_host(ref):
+            return None
+        spec = self.store.spec(ref)
+        # The base itself reads a prompt, and what makes the first view as a classifier is no matter of one thread.
+        if isinstance(spec, PromptSpec) or (spec.task_type == "SEQ_CLS" and not self._classified):
+            return None
+        self.slots.check_room(str(ref.digest), str(ref), self.size(ref))
+        return admit(self.store, ref, self.base)
+
+    def _install(self, ref: Ref) -> None:
+        with self.base.lock, tokenizer_lock(self.base):
+            if not self._closed:
+                self.base.check_free()
+                self.fitted(ref)
+
+    # -- batches -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def plan(self, rows: Sequence[Ref | None]) -> Iterator[BatchPlan]:
@@ -104,24 +248,49 @@ class Engine:
             yield self.composer.compose([fitted[r.digest] if r else None for r in rows], self.base.device)
 
     def parts(self, prompts: Sequence[list[int]], rows: Sequence[Ref | None]) -> Iterator[list[int]]:
-        """Cut the rows into batches, longest first: like lengths together, no more adapters than slots.
+        """Cut the rows into batches, longest first: like lengths together, no more adapters than slots and memory hold.
 
         Where the base needs it, a batch has one prefix length.
         """
         order = sorted(range(len(prompts)), key=lambda i: (self.group(rows[i]), -len(prompts[i])))
         part: list[int] = []
-        used: set[str | None] = set()
+        used: dict[str, Ref] = {}
         for i in order:
             row = rows[i]
-            more = used | ({row.digest} if row else set())
+            own = {row.digest: row} if row is not None and row.digest is not None else {}
             other_group = bool(part) and self.group(rows[part[0]]) != self.group(row)
-            if part and (len(part) >= self.batch_size or len(more) > self.slots.capacity or other_group):
+            if part and (len(part) >= self.batch_size or other_group or not self.can_hold((used | own).values())):
                 yield part
-                part, more = [], {row.digest} if row else set()
+                part, used = [], {}
             part.append(i)
-            used = more
+            used |= own
         if part:
             yield part
+
+    def can_hold(self, refs: Iterable[Ref], *, beside_leases: bool = False) -> bool:
+        """Whether these can be resident at once, beside what is pinned (and what running batches lease).
+
+        For a caller that would rather wait, or cut its batch, than meet a CapacityError.
+        """
+        return self.slots.hold({str(ref.digest): self.size(ref) for ref in refs}, beside_leases)
+
+    def size(self, ref: Ref) -> int:
+        """Bytes of an adapter in memory; of one that is not there yet, by the header of its file, or 0 if it has none.
+
+        The header is believed for this alone. A mix takes what its members take together, or less.
+        """
+        digest = str(ref.digest)
+        held = self.slots.size(digest) or (self.host.size(digest) if self.host is not None else None)
+        if held is not None:
+            return held
+        if isinstance(ref, MixRef):
+            return sum(self.size(member) for member, _ in ref.members)
+        if digest not in self._sizes:
+            with suppress(AdapterHubError, OSError):
+                header = read_header(self.store.folder(ref) / WEIGHTS_FILE)
+                elements = sum(tensor.elements for tensor in header.tensors.values())
+                self._sizes[digest] = elements * self.base.dtype.itemsize
+        return self._sizes.get(digest, 0)
 
     def group(self, row: Ref | None) -> int:
         """Rows of different groups cannot share a batch: an encoder-decoder's prefixes must have one length."""

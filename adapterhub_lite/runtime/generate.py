@@ -1,23 +1,26 @@
-"""The decode loop: a mixed batch step by step; rows that finish leave the batch.
-
-Knows tokens and plans, not texts or names.
-"""
+"""A mixed batch, decoded step by step: rows that are done leave it, and others join it in a forward of our own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
+from ..adapters.fit import Fitted
 from ..bases.inputs import causal_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
+from ..errors import NoEffect, Unsupported
 from .batch import BatchPlan
-from .changes import changes_of
+from .changes import NativeChanges, changes_of
 from .decoder import Decoder, decoder_of
+from .engine import Engine
 from .prefill import prefill
-from .sampling import Sampler
-from .sites import SiteHooks
+from .prompting import position_limit
+from .requests import Request
+from .sampling import choose
 
 # A batch is cut to its unfinished rows when at least this share of it has finished: cutting copies the cache.
 _COMPACT_AT = 0.25
@@ -32,38 +35,108 @@ def end_tokens(base: Base) -> set[int]:
     return ids
 
 
-def decode(
-    base: Base,
-    hooks: SiteHooks,
-    plan: BatchPlan,
-    prompts: list[list[int]],
-    sampler: Sampler,
-    max_new_tokens: int,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield, step by step, the (row, token) pairs of the rows still running. End tokens are not yielded.
+class Batch:
+    """Rows that are decoded together. Rows that are done stay in it until `cut`, and rows of ours may `join`."""
 
-    Args:
-        prompts: token ids of each row.
-    """
-    state = _loop(base, plan, prompts)
-    ends = torch.tensor(sorted(end_tokens(base)), device=base.device)
-    rows = list(range(len(prompts)))
-    for step in range(max_new_tokens):
-        with torch.inference_mode(), hooks.using(plan.sites if state.hooked else {}):
-            tokens = sampler(state.step())
-            alive = (~torch.isin(tokens, ends)).tolist()
-        yield [(row, t) for row, t, a in zip(rows, tokens.tolist(), alive, strict=True) if a and row >= 0]
-        rows = [row if a else -1 for row, a in zip(rows, alive, strict=True)]
-        finished = sum(row < 0 for row in rows)
-        if finished == len(rows) or step + 1 == max_new_tokens:
+    def __init__(self, engine: Engine, rows: Sequence[Request], decoder: Decoder | None) -> None:
+        """`decoder`: a forward of our own that knows all that the rows change; None: the model's own."""
+        self.rows = list(rows)
+        self._base, self._hooks, self._composer = engine.base, engine.hooks, engine.composer
+        self._decoder = decoder
+        self._ends = end_tokens(engine.base)
+        self._plan = self._compose(self.rows)
+        self._loop = _loop(self._base, decoder, self._plan, [[*row.prompt, *row.tokens] for row in self.rows])
+        self._room = [_room(self._base, row) for row in self.rows]
+        self._tokens: torch.Tensor | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether rows may join."""
+        return self._decoder is not None
+
+    @property
+    def alive(self) -> list[int]:
+        """Places of the rows that go on."""
+        return [i for i, row in enumerate(self.rows) if not row.done]
+
+    def step(self) -> list[tuple[Request, bool | Exception]]:
+        """One token for every row; of each row that went on until now: whether it still does, or what went wrong."""
+        with torch.inference_mode(), self._hooks.using(self._plan.sites if self._loop.hooked else {}):
+            if self._tokens is not None:
+                self._loop.append(self._tokens)
+                self._room = [room - 1 for room in self._room]
+            logits = self._loop.step()
+            finite = logits.amax(-1).isfinite().tolist()
+            self._tokens = choose(logits, [row.sampler for row in self.rows])
+        tokens = self._tokens.tolist()
+        return [(self.rows[i], self._take(self.rows[i], tokens[i], finite[i])) for i in self.alive]
+
+    def cut(self, at: float = _COMPACT_AT) -> None:
+        """Go on with the rows that are not done, where these are few enough or one is at the end of its positions."""
+        keep = self.alive
+        if len(keep) == len(self.rows) or not keep:
             return
+        full = any(row.done and room < 1 for row, room in zip(self.rows, self._room, strict=True))
+        if len(self.rows) - len(keep) < at * len(self.rows) and not full:
+            return
+        self.rows, self._room = [self.rows[i] for i in keep], [self._room[i] for i in keep]
+        assert self._tokens is not None
         with torch.inference_mode():
-            if finished >= _COMPACT_AT * len(rows):
-                keep = [i for i, row in enumerate(rows) if row >= 0]
-                plan, tokens, rows = plan.select(keep), tokens[keep], [rows[i] for i in keep]
-                state.select(keep, plan)
-                sampler.select(keep)
-            state.append(tokens)
+            self._tokens = self._tokens[keep]
+            self._plan = self._plan.select(keep)
+            self._loop.select(keep, self._plan)
+
+    def join(self, other: Batch) -> None:
+        """Take in the rows of another batch of ours that has made a step."""
+        assert isinstance(self._loop, _WindowLoop)
+        assert isinstance(other._loop, _WindowLoop)
+        assert self._tokens is not None
+        assert other._tokens is not None
+        self.cut(0.0)
+        other.cut(0.0)
+        self.rows, self._room = self.rows + other.rows, self._room + other._room
+        with torch.inference_mode():
+            self._plan = replace(self._compose(self.rows, read=True), prefix=None)
+            self._tokens = torch.cat([self._tokens, other._tokens])
+            self._loop.join(other._loop, self._plan)
+
+    def _take(self, row: Request, token: int, finite: bool) -> bool | Exception:
+        if not finite:
+            text = f"logits of {self._base.name} that are not finite."
+            if row.fitted is None:
+                return Unsupported(f"The base computes {text}", "Load it in a wider dtype.")
+            return NoEffect(f"{row.fitted.name} makes {text}", "Use another adapter, or a wider dtype.")
+        try:
+            return row.take(token, self._ends)
+        except Exception as error:
+            return error
+
+    def _compose(self, rows: Sequence[Request], read: bool = False) -> BatchPlan:
+        """The plan of the rows, without stacks where nothing reads them.
+
+        Args:
+            read: the prefixes are in the window by now.
+        """
+        fitted = [row.fitted for row in rows]
+        bare = BatchPlan(tuple(fitted), (), None, self._base.device)
+        prefixes = not read and any(one is not None and one.prefix is not None for one in fitted)
+        if self._decoder is not None and not prefixes and isinstance(changes_of(self._base, bare), NativeChanges):
+            return bare
+        return self._composer.compose(fitted, self._base.device)
+
+
+def decoder_for(base: Base, fitted: Fitted | None) -> Decoder | None:
+    """Our forward of a base, if it has one that knows all that an adapter changes."""
+    decoder = decoder_of(base)
+    plan = BatchPlan((fitted,), (), None, base.device)
+    return decoder if decoder is not None and decoder.knows(plan) else None
+
+
+def _room(base: Base, row: Request) -> int:
+    """Tokens that a row may still grow by before it leaves the base's positions."""
+    limit = position_limit(base)
+    virtual = row.fitted.virtual_tokens if row.fitted else 0
+    return sys.maxsize if limit is None else limit - len(row.prompt) - len(row.tokens) - virtual
 
 
 class _Loop(Protocol):
@@ -84,13 +157,10 @@ class _Loop(Protocol):
         ...
 
 
-def _loop(base: Base, plan: BatchPlan, prompts: list[list[int]]) -> _Loop:
-    if base.kind == "seq2seq":
-        return _Seq2SeqLoop(base, plan, prompts)
-    decoder = decoder_of(base)
-    if decoder is not None and decoder.knows(plan):
+def _loop(base: Base, decoder: Decoder | None, plan: BatchPlan, prompts: list[list[int]]) -> _Loop:
+    if decoder is not None:
         return _WindowLoop(decoder, plan, prompts)
-    return _CausalLoop(base, plan, prompts)
+    return (_Seq2SeqLoop if base.kind == "seq2seq" else _CausalLoop)(base, plan, prompts)
 
 
 class _WindowLoop:
@@ -121,6 +191,12 @@ class _WindowLoop:
         """Go on with these rows only."""
         self._window.select(keep)
         self._positions = self._positions[keep]
+        self._changes = changes_of(self._decoder.base, plan)
+
+    def join(self, other: _WindowLoop, plan: BatchPlan) -> None:
+        """Take in the rows of another loop, after these; `plan` is that of all."""
+        self._window.join(other._window)
+        self._positions = torch.cat([self._positions, other._positions])
         self._changes = changes_of(self._decoder.base, plan)
 
 

@@ -6,6 +6,9 @@ import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 
 from ..bases.load import Base
@@ -15,6 +18,7 @@ from ..events import Listener, Note, ignore
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _warned: set[tuple[str, str, str]] = set()
 """Adapter, base and dtype of what this process was warned of."""
+_held: ContextVar[list[Callable[[], None]] | None] = ContextVar("held", default=None)
 
 
 def remark(text: str, digest: str, base: Base, on_event: Listener) -> None:
@@ -25,7 +29,25 @@ def remark(text: str, digest: str, base: Base, on_event: Listener) -> None:
     pair = (digest, base.fingerprint.digest, base.choices["dtype"].value)
     if pair not in _warned:
         _warned.add(pair)
-        warnings.warn(text, BaseDiffers, stacklevel=_caller())
+        held = _held.get()
+        if held is None:
+            _warn(text)
+        else:
+            held.append(partial(_warn, text))
+
+
+@contextlib.contextmanager
+def held_back(warns: list[Callable[[], None]]) -> Iterator[None]:
+    """Within the block warnings are added to `warns`: they are for another thread to give, that of the caller."""
+    token = _held.set(warns)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, BaseDiffers, stacklevel=_caller())
 
 
 def _caller() -> int:

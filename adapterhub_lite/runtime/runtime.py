@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.fit import Fitted
 from ..bases.load import Base
-from ..errors import NotFound, Unsupported
+from ..errors import Unsupported
 from ..events import Listener, ignore
 from ..names import Ref
 from ..store import Store
@@ -24,35 +23,52 @@ from ..tasks.task import Task
 from .admit import fit_to_base
 from .engine import Engine
 from .forward import class_logits, token_logits
-from .generate import decode
 from .labelling import label, score_words
+from .mixes import Chosen
+from .owner import Owner
 from .predict import Prediction
 from .prompting import check_lengths, question_ids, raw_ids
-from .sampling import Sampler, Sampling
-from .texts import TextStream
+from .requests import Answer, Call, Samplings, Stop, requests
+from .residents import Residents
+from .sampling import Sampling
+from .texts import tokenizer_lock
 
-Chosen = str | Ref | None
 _DEFAULT: Any = object()
 
 
-class Runtime:
+class Runtime(Residents):
     """Serves a base with any of a store's adapters, switched and mixed freely.
 
     Args:
-        slots: how many adapters are resident at most; the least recently used goes out.
-        batch_size: most rows of one forward pass; longer lists are cut.
+        slots: how many adapters are resident at most; the least recently used goes out. None: what `memory` holds.
+        memory: most bytes of adapters on the device, such as "2GB"; left out, half of what is free there now.
+        host_memory: on a device with memory of its own, most bytes of adapters kept in the host's, to come back from
+            there instead of from the disk; left out, half of what is free. A CPU is its own host.
+        batch_size: most rows that run at a time; the others wait for a place.
 
-    All calls take the base's lock: one caller drives the model at a time, whichever runtime it calls.
+    Calls may come from any thread. Texts of all callers are written by one thread, in one running batch where the base
+    has a forward of our own (`scheduler`); it and every other call take the base's lock in turn, whichever runtime they
+    are of.
     """
 
     def __init__(
-        self, base: Base, store: Store | None = None, slots: int = 8, batch_size: int = 32, on_event: Listener = ignore
+        self,
+        base: Base,
+        store: Store | None = None,
+        slots: int | None = 8,
+        batch_size: int = 32,
+        on_event: Listener = ignore,
+        *,
+        memory: int | str | None = None,
+        host_memory: int | str | None = None,
     ) -> None:
-        self._engine = Engine(base, store if store is not None else Store(), slots, batch_size, on_event)
-        # A runtime that is dropped without close() leaves no hook.
-        weakref.finalize(self, self._engine.hooks.remove)
+        some = store if store is not None else Store()
+        self._engine = Engine(base, some, slots, batch_size, on_event, memory, host_memory)
+        self._owner = Owner(self._engine)
+        # A runtime that is dropped without close() leaves no hook and no thread.
+        weakref.finalize(self, _end, self._owner, self._engine)
         self._default: Ref | None = None
-        self._lock = base.lock
+        self._lock = self._owner.gate
 
     @property
     def base(self) -> Base:
@@ -66,29 +82,10 @@ class Runtime:
 
     @property
     def batch_size(self) -> int:
-        """Most rows of one forward pass."""
+        """Most rows that run at a time."""
         return self._engine.batch_size
 
     # -- adapters ------------------------------------------------------------------------------------------------
-
-    def load(self, ref: str | Ref) -> Ref:
-        """Make an adapter resident; returns its resolved reference. A failed load changes nothing.
-
-        Raises:
-            NotFound, StoreCorrupt, BaseMismatch, AdapterMismatch, CapacityError: why it cannot be served.
-        """
-        with self._lock:
-            resolved = self._engine.resolve(ref)
-            assert resolved is not None
-            self._engine.fitted(resolved)
-            return resolved
-
-    def fitted(self, ref: str | Ref) -> Fitted:
-        """An adapter with every tensor in its place in this base, made resident if it is not."""
-        with self._lock:
-            resolved = self._engine.resolve(ref)
-            assert resolved is not None
-            return self._engine.fitted(resolved)
 
     def attach(self, adapter: Adapter, task: Task | None = None) -> Ref:
         """Make an adapter resident that is in no store (yet); returns a reference that this runtime knows.
@@ -103,24 +100,11 @@ class Runtime:
             self._engine.tasks[digest] = task
             return Ref(adapter.name, digest=digest)
 
-    def unload(self, ref: str | Ref) -> None:
-        """Free an adapter's slot."""
-        with self._lock:
-            resolved = self._engine.resolve(ref)
-            assert resolved is not None
-            assert resolved.digest is not None
-            if not self._engine.slots.drop(resolved.digest):
-                raise NotFound(f"{resolved} is not resident.", f"Resident: {', '.join(self.resident()) or 'none'}.")
-            self._engine.composer.forget(resolved.digest)
-
-    def resident(self) -> list[str]:
-        """Names of the adapters in slots, least recently used first."""
-        return [fitted.name for fitted in self._engine.slots.resident()]
-
     def use(self, ref: Chosen) -> None:
         """Answer with this adapter from now on where a call names none; None: the bare base."""
         with self._lock:
-            self._default = None if ref is None else self.load(ref)
+            resolved = self._engine.resolve(ref)
+            self._default = None if resolved is None else self.load(resolved)
 
     @contextmanager
     def using(self, ref: Chosen) -> Iterator[Runtime]:
@@ -138,9 +122,11 @@ class Runtime:
         return None if self._default is None else str(self._default)
 
     def close(self) -> None:
-        """Take the runtime's hooks off the base; it answers no more."""
-        with self._lock:
-            self._engine.close()
+        """Take the runtime's hooks off the base; it answers no more.
+
+        Texts that are being written are given up: whoever waits for one gets Unsupported, as every later call does.
+        """
+        self._owner.close()
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -149,36 +135,39 @@ class Runtime:
         prompts: str | Sequence[str],
         adapters: Chosen | Sequence[Chosen] = _DEFAULT,
         *,
-        max_new_tokens: int = 64,
-        stop: Sequence[str] = (),
-        sampling: Sampling | None = None,
+        max_new_tokens: int | Sequence[int] = 64,
+        stop: Stop = (),
+        sampling: Samplings = None,
     ) -> list[str]:
-        """Continue raw texts.
+        """Continue raw texts. Each setting is one value for all rows, or a list with one a row.
 
         Args:
             adapters: one a row; None is the bare base; a single value is for all rows; left out: what `use` chose.
-            stop: strings that end an answer and are not part of it.
-            sampling: greedy when left out.
+            stop: strings that end an answer and are not part of it; a list that holds lists has one a row.
+            sampling: greedy when left out. Row i of a single value with a seed uses seed + i.
 
         Raises:
             NotFound, BaseMismatch, AdapterMismatch, CapacityError: an adapter cannot be served.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.generate_ids([raw_ids(self.base, t) for t in texts], adapters, max_new_tokens, stop, sampling)
+        with tokenizer_lock(self.base):
+            ids = [raw_ids(self.base, text) for text in texts]
+        return self.generate_ids(ids, adapters, max_new_tokens, stop, sampling)
 
     def answer(
         self,
         questions: str | Sequence[str],
         adapters: Chosen | Sequence[Chosen] = _DEFAULT,
         *,
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
+        max_new_tokens: int | Sequence[int] = 64,
+        stop: Stop = (),
+        sampling: Samplings = None,
     ) -> list[str]:
         """Answer questions as each row's adapter was trained to see them (chat template, system prompt)."""
         texts = [questions] if isinstance(questions, str) else list(questions)
         rows = self._rows(adapters, len(texts))
         ids = [self._question_ids(t, r) for t, r in zip(texts, rows, strict=True)]
-        return self.generate_ids(ids, rows, max_new_tokens, (), sampling)
+        return self.generate_ids(ids, rows, max_new_tokens, stop, sampling)
 
     def chat(
         self,
@@ -189,7 +178,8 @@ class Runtime:
         sampling: Sampling | None = None,
     ) -> str:
         """The assistant's next turn of a conversation, through the base's chat template."""
-        ids = chat_ids(self.base.tokenizer, messages)
+        with tokenizer_lock(self.base):
+            ids = chat_ids(self.base.tokenizer, messages)
         return self.generate_ids([ids], [self._one(adapter)], max_new_tokens, (), sampling)[0]
 
     def stream(
@@ -199,55 +189,49 @@ class Runtime:
         *,
         raw: bool = False,
         max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
+        stop: Stop = (),
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
-        """Pieces of one answer as they come. A text is asked as a question unless `raw`; a list is a conversation."""
+        """Pieces of one answer as they come. A text is asked as a question unless `raw`; a list is a conversation.
+
+        It begins with the first piece asked for; to close or drop the iterator cancels it.
+        """
+        answer = self.submit(prompt, adapter, raw=raw, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+        try:
+            yield from answer
+        finally:
+            answer.cancel()
+
+    def submit(
+        self,
+        prompt: str | Sequence[Message],
+        adapter: Chosen = _DEFAULT,
+        *,
+        raw: bool = False,
+        max_new_tokens: int = 256,
+        stop: Stop = (),
+        sampling: Sampling | None = None,
+    ) -> Answer:
+        """Begin what `stream` gives, and return at once: a handle to wait for the answer, read or cancel it."""
         row = self._engine.resolve(self._one(adapter))
-        if not isinstance(prompt, str):
-            ids = chat_ids(self.base.tokenizer, prompt)
+        if isinstance(prompt, str) and not raw:
+            ids = self._question_ids(prompt, row)
         else:
-            ids = raw_ids(self.base, prompt) if raw else self._question_ids(prompt, row)
-        text = TextStream(self.base.tokenizer, stop)
-        with self._lock, self._engine.plan([row]) as plan:
-            check_lengths(self.base, plan, [ids], max_new_tokens)
-            for pairs in decode(
-                self.base, self._engine.hooks, plan, [ids], Sampler(sampling or Sampling(), [0]), max_new_tokens
-            ):
-                for _, token in pairs:
-                    if piece := text.push(token):
-                        yield piece
-                if text.done:
-                    return
-            if piece := text.finish():
-                yield piece
+            with tokenizer_lock(self.base):
+                ids = raw_ids(self.base, prompt) if isinstance(prompt, str) else chat_ids(self.base.tokenizer, prompt)
+        call = self._ask([ids], [row], max_new_tokens, stop, sampling, streams=True)
+        return Answer(call.rows[0], self)
 
     def generate_ids(
         self,
         prompts: Sequence[list[int]],
         adapters: Chosen | Sequence[Chosen],
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        sampling: Sampling | None = None,
+        max_new_tokens: int | Sequence[int],
+        stop: Stop = (),
+        sampling: Samplings = None,
     ) -> list[str]:
         """`generate` for prompts that are token ids already."""
-        rows = self._rows(adapters, len(prompts))
-        stop = (stop,) if isinstance(stop, str) else stop
-        texts = [TextStream(self.base.tokenizer, stop) for _ in prompts]
-        answers = ["" for _ in prompts]
-        with self._lock:
-            for part in self._engine.parts(prompts, rows):
-                with self._engine.plan([rows[i] for i in part]) as plan:
-                    sampler = Sampler(sampling or Sampling(), part)
-                    some = [prompts[i] for i in part]
-                    check_lengths(self.base, plan, some, max_new_tokens)
-                    for pairs in decode(self.base, self._engine.hooks, plan, some, sampler, max_new_tokens):
-                        for row, token in pairs:
-                            if not texts[part[row]].done:
-                                answers[part[row]] += texts[part[row]].push(token)
-                        if all(texts[part[row]].done for row, _ in pairs):
-                            break
-        return [answer + text.finish() for answer, text in zip(answers, texts, strict=True)]
+        return self._ask(prompts, self._rows(adapters, len(prompts)), max_new_tokens, stop, sampling).texts()
 
     # -- labels --------------------------------------------------------------------------------------------------
 
@@ -297,14 +281,13 @@ class Runtime:
 
     def _rows(self, adapters: Chosen | Sequence[Chosen], count: int) -> list[Ref | None]:
         adapters = self._one(adapters)  # type: ignore[arg-type]
-        if adapters is None or isinstance(adapters, str | Ref):
+        if adapters is None or isinstance(adapters, str | Ref | Mapping):
             return [self._engine.resolve(adapters)] * count
         if not isinstance(adapters, list | tuple):
             raise Unsupported(f"{type(adapters).__name__} gives the adapters no order.", "Give a list, one a row.")
         if len(adapters) != count:
             raise Unsupported(f"{len(adapters)} adapters for {count} rows.", "Give one adapter a row, or a single one.")
-        known: dict[Chosen, Ref | None] = {a: self._engine.resolve(a) for a in dict.fromkeys(adapters)}
-        return [known[a] for a in adapters]
+        return self._engine.resolve_all(adapters)
 
     def _logits(
         self, rows: list[list[int]], chosen: list[Ref | None], part: list[int], decoder_rows: list[list[int]] | None
@@ -316,4 +299,31 @@ class Runtime:
             return token_logits(self.base, self._engine.hooks, plan, rows, decoder_rows)
 
     def _question_ids(self, text: str, row: Ref | None) -> list[int]:
-        return question_ids(self.base, text, self.task(row) if row is not None else None)
+        task = self.task(row) if row is not None else None
+        with tokenizer_lock(self.base):
+            return question_ids(self.base, text, task)
+
+    def _ask(
+        self,
+        prompts: Sequence[list[int]],
+        rows: list[Ref | None],
+        most: int | Sequence[int],
+        stop: Stop,
+        sampling: Samplings,
+        streams: bool = False,
+    ) -> Call:
+        self._owner.check_open()
+        if self.base.kind == "encoder":
+            raise Unsupported(f"{self.base.name} is an encoder: it writes no text.", "Use predict() or logits().")
+        call = Call(streams)
+        distinct = {row.digest: row for row in rows if row is not None}
+        made = requests(call, self.base, prompts, rows, most, stop, sampling)
+        call.add(made, by_adapter=not self._engine.can_hold(distinct.values()))
+        if made:
+            self._owner.submit(call)
+        return call
+
+
+def _end(owner: Owner, engine: Engine) -> None:
+    owner.stop()
+    engine.close()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
+
+from ..bases.load import Base
 
 _HALF = "\ufffd"  # what a decoder gives for the bytes of an incomplete character
 
@@ -11,12 +15,23 @@ _HALF = "\ufffd"  # what a decoder gives for the bytes of an incomplete characte
 class TextStream:
     """Decodes one row's tokens; `push` returns the text that is now certain."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), lock: Any = None) -> None:
+        """`lock`: held while the tokenizer decodes."""
         self._tokenizer = tokenizer
+        self._lock = lock if lock is not None else nullcontext()
         self._stop = [s for s in stop if s]
         self._tokens: list[int] = []
         self._sent = 0
         self.done = False
+
+    @property
+    def stops(self) -> bool:
+        """Whether some text may end the answer, so that every token must be looked at."""
+        return bool(self._stop)
+
+    def add(self, token: int) -> None:
+        """Add a token whose text nobody asks for before `finish`; decoding all at every token costs their square."""
+        self._tokens.append(token)
 
     def push(self, token: int) -> str:
         """Add a token; returns new text, "" while a character or a possible stop string is incomplete."""
@@ -44,12 +59,22 @@ class TextStream:
         return min((text.find(s) for s in self._stop if s in text), default=-1)
 
     def _text(self) -> str:
-        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with self._lock:
+            text = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def _take(self, text: str) -> str:
         new = text[self._sent :]
         self._sent = max(self._sent, len(text))
         return new
+
+
+def tokenizer_lock(base: Base) -> Any:
+    """What a thread holds while it uses a base's tokenizer.
+
+    A fast tokenizer refuses to change its truncation while another thread reads or writes a text with it.
+    """
+    return base.derived.setdefault("tokenizer lock", threading.RLock())
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -163,6 +163,12 @@ def test_other_shapes_of_model_are_right_too(tmp_path: Path, changes: dict[str, 
     assert text == base.tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_angles_that_follow_the_longest_row_are_left_to_the_model(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    base = load_base(str(checkpoint(tmp_path, "llama", rope_parameters=rope)), device="cpu")
+    assert decoder_of(base) is None
+
+
 def test_the_base_is_what_it_was(wide_base: Callable[..., Base], tmp_path: Path) -> None:
     base = load_base(str(checkpoint(tmp_path, "llama")), device="cpu")
     before = base.live_digest()

@@ -14,9 +14,7 @@ from adapterhub_lite.adapters.adapter import Adapter, read_adapter
 from adapterhub_lite.adapters.compare import compare
 from adapterhub_lite.bases.load import load_base
 from adapterhub_lite.errors import AdapterMismatch, CapacityError, NoEffect, Unsupported
-from adapterhub_lite.runtime.generate import decode
 from adapterhub_lite.runtime.runtime import Runtime
-from adapterhub_lite.runtime.sampling import Sampler, Sampling
 from adapterhub_lite.store import Store
 from tests import peers, tiny
 from tests.runtime import build
@@ -90,13 +88,9 @@ def peft_tokens(model: Any, row: list[int], start: int | None) -> list[int]:
 
 def our_tokens(runtime: Runtime, rows: list[list[int]], refs: list[Any], new: int = NEW) -> list[list[int]]:
     """The tokens that a runtime writes for rows in one batch."""
-    written: list[list[int]] = [[] for _ in rows]
-    engine, sampler = runtime._engine, Sampler(Sampling(), list(range(len(rows))))
-    with engine.plan(runtime._rows(refs, len(rows))) as plan:
-        for pairs in decode(runtime.base, engine.hooks, plan, rows, sampler, new):
-            for row, token in pairs:
-                written[row].append(token)
-    return written
+    call = runtime._ask(rows, runtime._rows(refs, len(rows)), new, (), None)
+    call.texts()
+    return [row.tokens for row in call.rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)

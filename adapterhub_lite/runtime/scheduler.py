@@ -1,0 +1,210 @@
+"""Which rows run: whoever waits enters as places get free, whoever is done leaves, all others go on by one token.
+
+Rows of all calls and all adapters share one batch where the base has a forward of our own; elsewhere the rows that a
+call brings in together stay together to their end. Nothing here knows of threads but `submit`: the scheduler is driven
+by whoever holds the base's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+
+from ..errors import CapacityError
+from .engine import Engine
+from .generate import Batch, decoder_for
+from .prompting import check_lengths
+from .remark import held_back
+from .requests import Call, Request
+
+
+class Scheduler:
+    """The rows of one runtime: those that wait and those that run, at most `engine.batch_size` at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._arrived: deque[Call] = deque()
+        self._calls: list[Call] = []
+        self._batches: list[Batch] = []
+        self._mutex = threading.RLock()
+        self._full = False  # the row that is next had no slot; nothing has left since
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn would do something."""
+        return bool(self._arrived or self._calls or self._batches)
+
+    @property
+    def running(self) -> list[Request]:
+        """The rows that are in a batch."""
+        return [row for batch in self._batches for row in batch.rows if not row.done]
+
+    def submit(self, call: Call) -> None:
+        """Let the rows of a call wait for their turn; any thread may."""
+        self._arrived.append(call)
+
+    def turn(self) -> None:
+        """Who was cancelled leaves, who waits enters, every other row gets a token."""
+        with self._mutex:
+            self.sweep()
+            before = list(self._batches)
+            self._enter()
+            for batch in before:
+                self._step(batch)
+            self._merge()
+
+    def sweep(self) -> None:
+        """Let go of rows that were cancelled."""
+        with self._mutex:
+            while self._arrived:
+                self._calls.append(self._arrived.popleft())
+            waiting = [row for call in self._calls for row in call.waiting if row.cancelled]
+            for row in waiting:
+                row.call.waiting.remove(row)
+            for row in (*waiting, *self.running):
+                if row.cancelled:
+                    self._leave(row, CancelledError())
+            self._forget()
+
+    def refuse(self, error: BaseException, running: bool = True) -> None:
+        """Fail the rows that wait, and those that run."""
+        with self._mutex:
+            self.sweep()
+            for call in self._calls:
+                while call.waiting:
+                    self._leave(call.waiting.popleft(), error)
+            if running:
+                for row in self.running:
+                    self._leave(row, error)
+                self._batches = []
+            self._forget()
+
+    # -- entering ------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        """Bring in rows while there are places, and read their prompts, those that can together."""
+        groups: dict[object, list[Request]] = {}
+        for row, ours in self._admitted(self._engine.batch_size - len(self.running)):
+            # An encoder-decoder has one prefix length a batch.
+            virtual = row.fitted.prefix.tokens if row.fitted and row.fitted.prefix else 0
+            groups.setdefault(None if ours else (id(row.call), virtual), []).append(row)
+        for rows in groups.values():
+            rows.sort(key=lambda row: row.fitted.digest if row.fitted else "")  # neighbours of one adapter are faster
+            self._begin(rows)
+        self._forget()
+
+    def _admitted(self, places: int) -> Iterator[tuple[Request, bool]]:
+        """Up to so many rows that wait, and whether a forward of ours knows them; what cannot be served fails alone.
+
+        The call with the fewest rows running comes first, then the one that came first: a long list holds up nobody.
+        """
+        while places > 0 and not self._full:
+            calls = [call for call in self._calls if call.waiting and not call.closed]
+            if not calls:
+                return
+            row = min(calls, key=lambda call: call.running).waiting.popleft()
+            try:
+                fits = self._lease(row)
+                ours = fits and decoder_for(self._engine.base, row.fitted) is not None
+            except BaseException as error:  # of a listener, too: the caller must hear of it
+                self._leave(row, error)
+                continue
+            if not fits or (not ours and self._runs_apart(row.call)):
+                row.lease.close()
+                row.call.waiting.appendleft(row)
+                self._full, row.call.closed = not fits, fits
+            elif row.most < 1:
+                self._leave(row)
+            else:
+                row.entered, places = True, places - 1
+                row.call.running += 1
+                yield row, ours
+
+    def _lease(self, row: Request) -> bool:
+        """Bring in a row's adapter, to stay until the row leaves; False if a slot gets free for it later."""
+        some = [] if row.ref is None else [row.ref]
+        others = any(call.running for call in self._calls)
+        if others and not self._engine.can_hold(some, beside_leases=True):
+            return False
+        try:
+            with held_back(row.call.notes):
+                plan = row.lease.enter_context(self._engine.plan([row.ref]))
+        except CapacityError:
+            if others:
+                return False
+            raise
+        check_lengths(self._engine.base, plan, [row.prompt], max(row.most, 0))
+        row.fitted = plan.rows[0]
+        return True
+
+    def _runs_apart(self, call: Call) -> bool:
+        """Whether a batch that nobody can join has rows of this call; the others wait, to be a batch together."""
+        return any(not batch.ours and batch.rows[0].call is call for batch in self._batches)
+
+    def _begin(self, rows: list[Request]) -> None:
+        """Read the prompts of rows and give each its first token; what fails together is tried alone."""
+        try:
+            batch = Batch(self._engine, rows, decoder_for(self._engine.base, rows[0].fitted))
+            outcomes = batch.step()
+        except Exception as error:
+            self._retry(rows, error)
+            return
+        self._batches.append(batch)
+        self._settle(outcomes)
+
+    # -- going on ------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch) -> None:
+        try:
+            batch.cut()
+            outcomes = batch.step() if batch.alive else []
+        except Exception as error:
+            self._batches.remove(batch)
+            self._retry([row for row in batch.rows if not row.done], error)
+            return
+        self._settle(outcomes)
+
+    def _merge(self) -> None:
+        """One batch of all rows that can be together."""
+        for batch in [batch for batch in self._batches if not batch.alive]:
+            self._batches.remove(batch)
+            for call in self._calls:
+                call.closed = False
+        ours = [batch for batch in self._batches if batch.ours]
+        for batch in ours[1:]:
+            first = ours[0]
+            self._batches.remove(batch)
+            rows = [row for row in (*first.rows, *batch.rows) if not row.done]
+            try:
+                first.join(batch)
+            except Exception as error:
+                self._batches.remove(first)
+                self._retry(rows, error)
+                return
+
+    def _retry(self, rows: list[Request], error: Exception) -> None:
+        """After what a batch failed of, go on with each row alone from where it is: only its cause fails again."""
+        apart = len(rows) == 1 or decoder_for(self._engine.base, rows[0].fitted) is None
+        for row in rows:
+            if apart:
+                self._leave(row, error)
+            else:
+                self._begin([row])
+
+    def _settle(self, outcomes: list[tuple[Request, bool | Exception]]) -> None:
+        for row, outcome in outcomes:
+            if outcome is not True:
+                self._leave(row, outcome or None)
+        self._forget()
+
+    def _leave(self, row: Request, error: BaseException | None = None) -> None:
+        if row.entered:
+            row.call.running -= 1
+            self._full = False
+        row.close(error)
+
+    def _forget(self) -> None:
+        """Calls whose rows are all done are no longer ours."""
+        self._calls = [call for call in self._calls if call.remaining]
