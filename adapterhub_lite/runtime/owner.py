@@ -14,6 +14,7 @@ import torch
 
 from ..bases.load import Base
 from ..errors import Unsupported
+from ..kernels.threads import release_pool
 from .engine import Engine
 from .requests import Call
 from .scheduler import Scheduler
@@ -107,6 +108,7 @@ class Owner:
             apart.submit(call)
             return
         call.wake, call.guard = self._wake, self._check_free_to_wait
+        release_pool()  # the caller only waits from here on
         with self._changed:
             self.check_open()
             self._threads = call.threads
@@ -157,6 +159,7 @@ class Owner:
         while True:
             with self._changed:
                 while not (self._closed or self._scheduler.busy):
+                    release_pool()
                     self._changed.wait()
                     rested = time.monotonic()
                 threads = self._threads
