@@ -40,9 +40,11 @@ def read_format(layout: Layout) -> int | None:
     """
     refuse_strange(layout)
     if not layout.store_file.is_file():
-        if layout.adapters.is_dir() and any(layout.adapters.iterdir()):
+        if not (layout.adapters.is_dir() and any(layout.adapters.iterdir())):
+            return None
+        # Another process may have made the store since the first look: it writes store.json before any adapter.
+        if not layout.store_file.is_file():
             raise StoreCorrupt(f"{layout.store_file} is missing.", f'Write {{"format": {FORMAT}}} there to go on.')
-        return None
     try:
         data = read_regular(layout.store_file, _LIMIT)
         found = parse_object(data, "store.json", limit=_LIMIT).get("format")

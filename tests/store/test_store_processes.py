@@ -150,3 +150,20 @@ def test_a_version_that_is_removed_while_it_is_read(
     assert found == [] or look in ("read", "verified_folder", "card")
     assert told == "" or "sql@2 was removed" in told
     assert_store_sound(other.path)
+
+
+def test_a_store_that_is_made_while_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look finds no store.json, the next one the adapters of a process that made the store meanwhile."""
+    path = tmp_path / "store"
+    real = Path.is_file
+
+    def meanwhile(self: Path) -> bool:
+        found = real(self)
+        if self.name == "store.json":
+            monkeypatch.setattr(Path, "is_file", real)
+            Store(path).put("sql", lora_files(), Card())
+        return found
+
+    monkeypatch.setattr(Path, "is_file", meanwhile)
+    assert Store(path).resolve("sql").version == 1
+    assert_store_sound(path)
