@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import AdapterMismatch
 from ..formats.specs import FactoredSpec
 from .lora import LoraSite
-from .sites import features, is_linear
+from .sites import check_fit, features, is_linear, not_a_site
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_[ABE]|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)", re.ASCII
@@ -51,12 +51,7 @@ def fit_factored(
     Raises:
         AdapterMismatch: a module that is missing here, misses in the file, or has another shape.
     """
-    problems = factor_mismatches(spec, parts, modules)
-    if problems:
-        raise AdapterMismatch(
-            f"{len(problems)} of {len(parts)} modules do not fit this base: {'; '.join(problems[:3])}.",
-            "It was made for another model.",
-        )
+    check_fit(factor_mismatches(spec, parts, modules), len(parts))
     return {name: _fit_site(spec, name, part) for name, part in parts.items()}
 
 
@@ -113,10 +108,9 @@ def _wanted(spec: FactoredSpec, shapes: Mapping[str, tuple[int, ...]]) -> set[st
 
 
 def _site_problem(spec: FactoredSpec, name: str, part: _Parts, module: nn.Module | None) -> str | None:
-    if module is None:
-        return f"{name} does not exist here"
-    if not is_linear(module):
-        return f"{name} is {type(module).__name__}, not a linear layer"
+    wrong = not_a_site(name, module)
+    if module is None or wrong:
+        return wrong
     if spec.target_modules and not spec.targets(name):
         return f"{name} is not targeted"
     shapes = {key: tuple(tensor.shape) for key, tensor in part.items()}

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..errors import AdapterMismatch
 from ..formats.specs import Ia3Spec
 from .lora import LoraSite
-from .sites import features, is_linear
+from .sites import check_fit, features, is_linear, not_a_site
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.ia3_l")
 
@@ -43,12 +42,7 @@ def fit_ia3(
     Raises:
         AdapterMismatch: a module that is missing here, misses in the file, or has another shape.
     """
-    problems = ia3_mismatches(spec, vectors, modules)
-    if problems:
-        raise AdapterMismatch(
-            f"{len(problems)} of {len(vectors)} modules do not fit this base: {'; '.join(problems[:3])}.",
-            "It was made for another model.",
-        )
+    check_fit(ia3_mismatches(spec, vectors, modules), len(vectors))
     return {name: _fit_site(spec, name, vector, modules[name]) for name, vector in vectors.items()}
 
 
@@ -63,10 +57,9 @@ def ia3_mismatches(spec: Ia3Spec, vectors: Mapping[str, torch.Tensor], modules: 
 
 
 def _site_problem(spec: Ia3Spec, name: str, vector: torch.Tensor, module: nn.Module | None) -> str | None:
-    if module is None:
-        return f"{name} does not exist here"
-    if not is_linear(module):
-        return f"{name} is {type(module).__name__}, not a linear layer"
+    wrong = not_a_site(name, module)
+    if module is None or wrong:
+        return wrong
     if spec.target_modules and not spec.targets(name):
         return f"{name} is not targeted"
     allowed = _shapes(spec, name, module)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import AdapterMismatch, Unsupported
+from ..errors import Unsupported
 from ..formats.peft_config import LoraSpec
-from .sites import features, is_conv1d, is_linear, matches_any
+from .sites import check_fit, features, is_conv1d, is_linear, matches_any, not_a_site
 
 PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -98,12 +98,7 @@ def fit_lora(
     Raises:
         AdapterMismatch: a module that is missing here, misses in the file, or has another shape.
     """
-    problems = mismatches(spec, parts, modules)
-    if problems:
-        shown = "; ".join(problems[:3])
-        raise AdapterMismatch(
-            f"{len(problems)} of {len(parts)} modules do not fit this base: {shown}.", "It was made for another model."
-        )
+    check_fit(mismatches(spec, parts, modules), len(parts))
     return {name: _fit_site(spec, name, part, modules[name], dense_weight) for name, part in parts.items()}
 
 
@@ -122,10 +117,9 @@ def mismatches(
 
 
 def _site_problem(spec: LoraSpec, name: str, part: Mapping[str, torch.Tensor], module: nn.Module | None) -> str | None:
-    if module is None:
-        return f"{name} does not exist here"
-    if not is_linear(module):
-        return f"{name} is {type(module).__name__}, not a linear layer"
+    wrong = not_a_site(name, module)
+    if module is None or wrong:
+        return wrong
     if "A" not in part or "B" not in part:
         return f"{name} has only one of lora_A and lora_B"
     if spec.use_dora != ("magnitude" in part):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from ..errors import Unsupported
+from ..errors import AdapterMismatch, Unsupported
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,3 +67,19 @@ def matches_any(name: str, targets: Collection[str]) -> bool:
         if not name:
             return False
     return True
+
+
+def not_a_site(name: str, module: nn.Module | None) -> str | None:
+    """Why a module cannot carry the tensors that a file has for `name`; None where it can."""
+    if module is None:
+        return f"{name} does not exist here"
+    return None if is_linear(module) else f"{name} is {type(module).__name__}, not a linear layer"
+
+
+def check_fit(problems: Sequence[str], count: int) -> None:
+    """Raise AdapterMismatch if some of the `count` modules in a file do not fit a base."""
+    if problems:
+        raise AdapterMismatch(
+            f"{len(problems)} of {count} modules do not fit this base: {'; '.join(problems[:3])}.",
+            "It was made for another model.",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +18,13 @@ def skeleton(folder: Path, task_type: str | None) -> View:
     Raises:
         BaseUnavailable, Unsupported: its configuration is not one of a base.
     """
+    return skeleton_of(checked_config(folder), task_type)
+
+
+def skeleton_of(config: dict[str, Any], task_type: str | None) -> View:
+    """The same from the content of a config.json."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-    config = checked_config(folder)
     kind = kind_of(config)
     classes = {
         "causal": AutoModelForCausalLM,
@@ -28,5 +33,5 @@ def skeleton(folder: Path, task_type: str | None) -> View:
     }
     plain = {key: value for key, value in config.items() if key != "model_type"}
     with quiet(), torch.device("meta"):
-        model = classes[kind].from_config(AutoConfig.for_model(config["model_type"], **plain))
+        model = classes[kind].from_config(AutoConfig.for_model(config["model_type"], **plain), trust_remote_code=False)
         return make_view(model, kind, task_type if task_type in ("SEQ_CLS", "FEATURE_EXTRACTION") else "default")

@@ -21,7 +21,8 @@ from ..adapters.fit import Fitted, Target, fit
 from ..adapters.lora import LoraSite
 from ..adapters.sites import is_conv1d
 from ..bases.quantization import quantized_round_trip
-from ..bases.views import HEAD_NAMES, View, kind_of, make_view
+from ..bases.skeleton import skeleton_of
+from ..bases.views import HEAD_NAMES, View
 from ..errors import AdapterMismatch, Unsupported
 from ..formats.specs import FactoredSpec, LoraSpec
 from .checkpoint import DTYPES, Checkpoint, Planned
@@ -70,7 +71,7 @@ def plan_merge(
     _check_options(adapter, bake, dtype)
     bake = ("original" if quantization == "none" else "dequantised") if bake == "auto" else bake
     config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
-    view = _skeleton(config, adapter.spec.task_type)
+    view = skeleton_of(config, adapter.spec.task_type)
     fitted = fit(adapter, _target(view, checkpoint, quantization if bake == "dequantised" else "none"))
     places = _Places(view, checkpoint)
     changes = {places.weight_of(module): (module, site) for module, site in fitted.sites.items()}
@@ -109,22 +110,6 @@ def _check_options(adapter: Adapter, bake: str, dtype: str) -> None:
         raise Unsupported(
             f"{dtype!r} is not a dtype of a merged checkpoint.", "Use auto, float32, bfloat16 or float16."
         )
-
-
-def _skeleton(config: dict[str, Any], task_type: str | None) -> View:
-    """The model's modules without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-    kind = kind_of(config)
-    classes = {
-        "causal": AutoModelForCausalLM,
-        "seq2seq": AutoModelForSeq2SeqLM,
-        "encoder": AutoModelForSequenceClassification,
-    }
-    plain = {k: v for k, v in config.items() if k != "model_type"}
-    with torch.device("meta"):
-        model = classes[kind].from_config(AutoConfig.for_model(config["model_type"], **plain), trust_remote_code=False)
-    return make_view(model, kind, task_type if task_type in ("SEQ_CLS", "FEATURE_EXTRACTION") else "default")
 
 
 def _target(view: View, checkpoint: Checkpoint, quantization: str) -> Target:
