@@ -1,7 +1,8 @@
-"""Low-rank changes of rows that each have an adapter of their own, in float32 on a CPU."""
+"""Low-rank changes of tokens that each have an adapter of their own, in float32 on a CPU."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,14 +11,89 @@ import torch
 from .library import library
 
 _TILE = 4
+_MEMBERS = 3
 
 
 @dataclass(frozen=True)
-class RowMatrices:
-    """One adapter at the layers of one input: down [in, R], and for each layer up [rank, out] or None."""
+class Matrices:
+    """One adapter at the layers of one input, at most three of them.
+
+    Attributes:
+        down: [in, R], the down matrices of all layers side by side.
+        ups: for each layer [rank, out], or None.
+        gains: for each layer [out], the factor minus one on the frozen output without its bias, or None.
+        biases: for each layer [out], or None.
+        scale: [in], the factor on the input, or None.
+    """
 
     down: torch.Tensor
     ups: tuple[torch.Tensor | None, ...]
+    gains: tuple[torch.Tensor | None, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    scale: torch.Tensor | None = None
+
+
+class _Member(ctypes.Structure):
+    _fields_ = [
+        ("up", ctypes.c_void_p),
+        ("rank", ctypes.c_long),
+        ("first", ctypes.c_long),
+        ("gain", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class Change(ctypes.Structure):
+    """`change` of work.h: addresses only, so whoever makes one keeps the matrices."""
+
+    _fields_ = [
+        ("down", ctypes.c_void_p),
+        ("width", ctypes.c_long),
+        ("scale", ctypes.c_void_p),
+        ("members", _Member * _MEMBERS),
+    ]
+
+
+def change_of(matrices: Matrices | None) -> Change:
+    """What the native products read of an adapter; nothing of None."""
+    if matrices is None:
+        return Change()
+    members, first = [], 0
+    for up, gain, bias in zip(matrices.ups, matrices.gains, matrices.biases, strict=True):
+        rank = 0 if up is None else int(up.shape[0])
+        members.append(_Member(address(up), rank, first, address(gain), address(bias)))
+        first += rank
+    width = int(matrices.down.shape[1])
+    return Change(address(matrices.down) if width else None, width, address(matrices.scale), (*members,))
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a contiguous float32 tensor lies; None of None."""
+    if tensor is None:
+        return None
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def tiles(owners: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    """Neighbouring tokens of one adapter: first token, how many (at most 4), adapter -> [count, 3].
+
+    Args:
+        owners: the adapter of each row; -1: none, and no tile.
+        tokens: how many tokens of each row stand one after another.
+    """
+    found: list[tuple[int, int, int]] = []
+    first, row = 0, 0
+    while row < len(owners):
+        end, owner = first, owners[row]
+        while row < len(owners) and owners[row] == owner:
+            end += tokens[row]
+            row += 1
+        if owner >= 0:
+            found += [(at, min(_TILE, end - at), owner) for at in range(first, end, _TILE)]
+        first = end
+    return torch.tensor(found, dtype=torch.long).view(-1, 3)
 
 
 class RowChanges:
@@ -26,74 +102,29 @@ class RowChanges:
     Args:
         rows: the matrices of each row of the batch, or None; rows of one adapter give the same object.
         widths: outputs of each layer of the group, which stand side by side in the output.
+        own: the frozen biases [all outputs], or None.
     """
 
-    def __init__(self, rows: Sequence[RowMatrices | None], widths: Sequence[int]) -> None:
-        self._rows = rows  # keeps the matrices in memory: the C side knows addresses only
-        self._widths = torch.tensor(widths)
-        self._offsets = torch.tensor([sum(widths[:i]) for i in range(len(widths))])
-        self._stride = max((int(row.down.shape[1]) for row in rows if row is not None), default=0)
-        self._tables: dict[int, _Table] = {}
+    def __init__(self, rows: Sequence[Matrices | None], widths: Sequence[int], own: torch.Tensor | None) -> None:
+        self._kept = {id(row): row for row in rows if row is not None}
+        numbers = {key: number for number, key in enumerate(self._kept)}
+        self._owners = [-1 if row is None else numbers[id(row)] for row in rows]
+        self._changes = (Change * len(numbers))(*map(change_of, self._kept.values()))
+        self._widths, self._own = torch.tensor(widths), own
+        self._stride = max((int(row.down.shape[1]) for row in self._kept.values()), default=0)
+        self._tiles: dict[int, torch.Tensor] = {}
 
     def apply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add the changes to out [rows * tokens, all outputs], for x [rows * tokens, in], in place; both contiguous."""
-        if self._stride == 0:
-            return
-        tokens = x.shape[0] // len(self._rows)
-        if tokens not in self._tables:
-            self._tables[tokens] = _table(self._rows, tokens, len(self._widths))
-        table = self._tables[tokens]
+        tokens = x.shape[0] // len(self._owners)
+        if tokens not in self._tiles:
+            self._tiles[tokens] = tiles(self._owners, [tokens] * len(self._owners))
+        some = self._tiles[tokens]
         hidden = torch.empty((x.shape[0], self._stride))
         functions = library().functions
         assert functions is not None
         functions.ahl_change(
-            x.data_ptr(), x.shape[1], table.count, table.tiles.data_ptr(), table.downs.data_ptr(),
-            table.strides.data_ptr(), len(self._widths), table.ups.data_ptr(), table.ranks.data_ptr(),
-            table.firsts.data_ptr(), self._offsets.data_ptr(), self._widths.data_ptr(), out.data_ptr(), out.shape[1],
-            hidden.data_ptr(), self._stride, torch.get_num_threads(),
+            x.data_ptr(), x.shape[1], len(some), some.data_ptr(), ctypes.addressof(self._changes), len(self._widths),
+            self._widths.data_ptr(), address(self._own), out.data_ptr(), out.shape[1], hidden.data_ptr(), self._stride,
+            torch.get_num_threads(),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Table:
-    """What `ahl_change` reads: tiles [count, 2], addresses and sizes [count] and [layers, count]; all int64."""
-
-    count: int
-    tiles: torch.Tensor
-    downs: torch.Tensor
-    strides: torch.Tensor
-    ups: torch.Tensor
-    ranks: torch.Tensor
-    firsts: torch.Tensor
-
-
-def _table(rows: Sequence[RowMatrices | None], tokens: int, layers: int) -> _Table:
-    tiles: list[tuple[int, int]] = []
-    owners: list[RowMatrices] = []
-    begin = 0
-    while begin < len(rows):
-        end = begin + 1
-        while end < len(rows) and rows[end] is rows[begin]:
-            end += 1
-        owner = rows[begin]
-        if owner is not None:
-            for first in range(begin * tokens, end * tokens, _TILE):
-                tiles.append((first, min(_TILE, end * tokens - first)))
-                owners.append(owner)
-        begin = end
-    columns = {id(owner): _columns(owner, layers) for owner in owners}
-    per_layer = torch.tensor([columns[id(owner)] for owner in owners]).view(len(owners), layers, 3).permute(2, 1, 0)
-    ups, ranks, firsts = per_layer.contiguous()
-    sizes = torch.tensor([(owner.down.data_ptr(), owner.down.shape[1]) for owner in owners]).t().contiguous()
-    return _Table(len(tiles), torch.tensor(tiles), sizes[0], sizes[1], ups, ranks, firsts)
-
-
-def _columns(owner: RowMatrices, layers: int) -> list[tuple[int, int, int]]:
-    """For each layer: the address of its matrix (0: none), its rank, its first column of `down`."""
-    found, first = [], 0
-    for up in owner.ups:
-        rank = 0 if up is None else int(up.shape[0])
-        found.append((0 if up is None else up.data_ptr(), rank, first))
-        first += rank
-    assert len(found) == layers
-    return found

@@ -1,53 +1,60 @@
-/* Low-rank changes of rows that each have an adapter of their own, or none: y += (x down) up, in float32.
+/* Low-rank changes of tokens that each have an adapter of their own, or none: y += (x down) up, in float32.
 
-   Nothing is gathered or padded: a row brings the addresses of its adapter's matrices. Neighbouring rows of one adapter
-   read them together. */
+   Nothing is gathered or padded: an adapter brings the addresses of its matrices. Neighbouring tokens of one adapter read
+   them together. */
 
 #include "vectors.h"
+#include "work.h"
 
-#define TILE 4
 #define CHUNK 64
+#define AHEAD 4096
 
-INLINE void shrink(const float *x, long k, int rows, const float *down, long width, float *hidden, long stride) {
-    for (int t = 0; t < rows; t++) memset(hidden + t * stride, 0, width * sizeof(float));
-    long j = 0;
-    for (; j + 2 * LANES <= width; j += 2 * LANES) {
-        vec low[TILE], high[TILE];
-        for (int t = 0; t < rows; t++) low[t] = high[t] = (vec){0};
-        for (long i = 0; i < k; i++) {
-            vec a = load(down + i * width + j), b = load(down + i * width + j + LANES);
+/* hidden [rows, ld] columns 0 .. 16 vecs - 1 = x times as many columns of down. Two inputs at a time have sums of their
+   own, so that an addition need not wait for the one before it. */
+INLINE void columns(const float *x, long k, int rows, int vecs, const float *down, long width, float *hidden, long ld) {
+    vec even[TILE * 4], odd[TILE * 4];
+    int both = rows * vecs < 8;
+    for (int j = 0; j < rows * vecs; j++) even[j] = odd[j] = (vec){0};
+    long i = 0;
+    for (; i + 2 <= k; i += 2) {
+        const float *a = down + i * width, *b = a + width;
+        for (int v = 0; v < vecs; v++) {
+            __builtin_prefetch(a + v * LANES + AHEAD / 4, 0, 2);
+            __builtin_prefetch(b + v * LANES + AHEAD / 4, 0, 2);
+            vec first = load(a + v * LANES), second = load(b + v * LANES);
             for (int t = 0; t < rows; t++) {
-                low[t] += a * x[t * k + i];
-                high[t] += b * x[t * k + i];
+                even[t * vecs + v] += first * x[t * k + i];
+                if (both)
+                    odd[t * vecs + v] += second * x[t * k + i + 1];
+                else
+                    even[t * vecs + v] += second * x[t * k + i + 1];
             }
         }
-        for (int t = 0; t < rows; t++) {
-            store(hidden + t * stride + j, low[t]);
-            store(hidden + t * stride + j + LANES, high[t]);
-        }
     }
-    for (; j + LANES <= width; j += LANES) {
-        vec low[TILE], high[TILE];
-        for (int t = 0; t < rows; t++) low[t] = high[t] = (vec){0};
-        long i = 0;
-        for (; i + 2 <= k; i += 2) {
-            vec a = load(down + i * width + j), b = load(down + (i + 1) * width + j);
-            for (int t = 0; t < rows; t++) {
-                low[t] += a * x[t * k + i];
-                high[t] += b * x[t * k + i + 1];
-            }
-        }
-        for (; i < k; i++)
-            for (int t = 0; t < rows; t++) low[t] += load(down + i * width + j) * x[t * k + i];
-        for (int t = 0; t < rows; t++) store(hidden + t * stride + j, low[t] + high[t]);
-    }
-    if (j < width)
-        for (long i = 0; i < k; i++)
-            for (int t = 0; t < rows; t++)
-                for (long r = j; r < width; r++) hidden[t * stride + r] += down[i * width + r] * x[t * k + i];
+    for (; i < k; i++)
+        for (int t = 0; t < rows; t++)
+            for (int v = 0; v < vecs; v++) even[t * vecs + v] += load(down + i * width + v * LANES) * x[t * k + i];
+    for (int t = 0; t < rows; t++)
+        for (int v = 0; v < vecs; v++) store(hidden + t * ld + v * LANES, even[t * vecs + v] + odd[t * vecs + v]);
 }
 
-INLINE void expand(const float *hidden, long stride, int rows, const float *up, long rank, long n, long begin, long end,
+INLINE void shrink(const float *x, long k, int rows, const float *down, long width, float *hidden, long ld) {
+    long j = 0;
+    for (; j + 4 * LANES <= width; j += 4 * LANES) columns(x, k, rows, 4, down + j, width, hidden + j, ld);
+    switch ((width - j) / LANES) {
+    case 3: columns(x, k, rows, 3, down + j, width, hidden + j, ld); j += 3 * LANES; break;
+    case 2: columns(x, k, rows, 2, down + j, width, hidden + j, ld); j += 2 * LANES; break;
+    case 1: columns(x, k, rows, 1, down + j, width, hidden + j, ld); j += LANES;
+    }
+    for (; j < width; j++)
+        for (int t = 0; t < rows; t++) {
+            float sum = 0;
+            for (long i = 0; i < k; i++) sum += down[i * width + j] * x[t * k + i];
+            hidden[t * ld + j] = sum;
+        }
+}
+
+INLINE void expand(const float *hidden, long ld, int rows, const float *up, long rank, long n, long begin, long end,
                    float *y, long ldy) {
     long c = begin;
     for (; c + CHUNK <= end; c += CHUNK) {
@@ -56,55 +63,77 @@ INLINE void expand(const float *hidden, long stride, int rows, const float *up, 
             for (int u = 0; u < 4; u++) sum[t][u] = load(y + t * ldy + c + u * LANES);
         for (long r = 0; r < rank; r++) {
             const float *from = up + r * n + c;
-            for (int t = 0; t < rows; t++)
-                for (int u = 0; u < 4; u++) sum[t][u] += load(from + u * LANES) * hidden[t * stride + r];
+            for (int u = 0; u < 4; u++) {
+                vec a = load(from + u * LANES);
+                __builtin_prefetch(from + 2 * CHUNK + u * LANES, 0, 2);
+                for (int t = 0; t < rows; t++) sum[t][u] += a * hidden[t * ld + r];
+            }
         }
         for (int t = 0; t < rows; t++)
             for (int u = 0; u < 4; u++) store(y + t * ldy + c + u * LANES, sum[t][u]);
     }
     for (; c < end; c++)
         for (int t = 0; t < rows; t++)
-            for (long r = 0; r < rank; r++) y[t * ldy + c] += up[r * n + c] * hidden[t * stride + r];
+            for (long r = 0; r < rank; r++) y[t * ldy + c] += up[r * n + c] * hidden[t * ld + r];
 }
 
-/* y [rows, ldy] += the changes of `members` layers of one input x [rows, k].
-   tiles [count][2]: first row and number of rows (at most 4, of one adapter) of each tile; down, width [count]: its
-   matrix [k, width] and that matrix's columns; up, rank, first [members][count]: each layer's matrix [rank, n] (or none),
-   its rank, and the column of `down` where the layer begins; offset, n [members]: the layer's columns in y.
-   hidden: room for rows * stride, stride at least the largest width. */
-void ahl_change(const float *x, long k, long count, const long *tiles, const float *const *down, const long *width,
-                long members, const float *const *up, const long *rank, const long *first, const long *offset,
-                const long *n, float *y, long ldy, float *hidden, long stride, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (long t = 0; t < count; t++) {
-            long row = tiles[2 * t];
-            const float *from = x + row * k;
-            float *to = hidden + row * stride;
-            switch (tiles[2 * t + 1]) {
-            case 1: shrink(from, k, 1, down[t], width[t], to, stride); break;
-            case 2: shrink(from, k, 2, down[t], width[t], to, stride); break;
-            case 3: shrink(from, k, 3, down[t], width[t], to, stride); break;
-            default: shrink(from, k, 4, down[t], width[t], to, stride);
+void shrink_work(const tile *tiles, long count, const change *changes, long stride, const float *x, long k,
+                 float *hidden, long ld) {
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < count; t++) {
+        const change *by = changes + tiles[t].owner * stride;
+        if (!by->down) continue;
+        const float *from = x + tiles[t].first * k;
+        float *to = hidden + tiles[t].first * ld;
+        switch (tiles[t].count) {
+        case 1: shrink(from, k, 1, by->down, by->width, to, ld); break;
+        case 2: shrink(from, k, 2, by->down, by->width, to, ld); break;
+        case 3: shrink(from, k, 3, by->down, by->width, to, ld); break;
+        default: shrink(from, k, 4, by->down, by->width, to, ld);
+        }
+    }
+}
+
+static void apply(const member *by, long rows, long begin, long end, long n, const float *own, const float *hidden,
+                  long ld, float *y, long ldy) {
+    for (long t = 0; t < rows; t++)
+        for (long c = begin; c < end; c++) {
+            float *to = y + t * ldy + c;
+            if (by->gain) *to += by->gain[c] * (own ? *to - own[c] : *to);
+            if (by->bias) *to += by->bias[c];
+        }
+    if (!by->up) return;
+    const float *from = hidden + by->first;
+    switch (rows) {
+    case 1: expand(from, ld, 1, by->up, by->rank, n, begin, end, y, ldy); break;
+    case 2: expand(from, ld, 2, by->up, by->rank, n, begin, end, y, ldy); break;
+    case 3: expand(from, ld, 3, by->up, by->rank, n, begin, end, y, ldy); break;
+    default: expand(from, ld, 4, by->up, by->rank, n, begin, end, y, ldy);
+    }
+}
+
+void expand_work(const tile *tiles, long count, const change *changes, long stride, long members, const long *widths,
+                 const float *own, const float *hidden, long ld, float *y, long ldy) {
+#pragma omp for schedule(static) collapse(2)
+    for (long t = 0; t < count; t++)
+        for (long half = 0; half < 2; half++) {
+            const change *by = changes + tiles[t].owner * stride;
+            for (long m = 0, offset = 0; m < members; offset += widths[m++]) {
+                long middle = widths[m] / 2 / CHUNK * CHUNK;
+                apply(by->members + m, tiles[t].count, half ? middle : 0, half ? widths[m] : middle, widths[m],
+                      own ? own + offset : 0, hidden + tiles[t].first * ld, ld, y + tiles[t].first * ldy + offset, ldy);
             }
         }
-#pragma omp for schedule(static) collapse(2)
-        for (long t = 0; t < count; t++)
-            for (long half = 0; half < 2; half++)
-                for (long m = 0; m < members; m++) {
-                    const float *matrix = up[m * count + t];
-                    if (!matrix) continue;
-                    long row = tiles[2 * t], r = rank[m * count + t], middle = n[m] / 2 / CHUNK * CHUNK;
-                    long begin = half ? middle : 0, end = half ? n[m] : middle;
-                    const float *from = hidden + row * stride + first[m * count + t];
-                    float *to = y + row * ldy + offset[m];
-                    switch (tiles[2 * t + 1]) {
-                    case 1: expand(from, stride, 1, matrix, r, n[m], begin, end, to, ldy); break;
-                    case 2: expand(from, stride, 2, matrix, r, n[m], begin, end, to, ldy); break;
-                    case 3: expand(from, stride, 3, matrix, r, n[m], begin, end, to, ldy); break;
-                    default: expand(from, stride, 4, matrix, r, n[m], begin, end, to, ldy);
-                    }
-                }
+}
+
+/* y [tokens, ldy] += the changes of `members` layers of one input x [tokens, k], as `expand_work` says; the tiles
+   [count] say which tokens. hidden: room for tokens * ld floats, ld at least the largest width. */
+void ahl_change(const float *x, long k, long count, const tile *tiles, const change *changes, long members,
+                const long *widths, const float *own, float *y, long ldy, float *hidden, long ld, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        shrink_work(tiles, count, changes, 1, x, k, hidden, ld);
+#pragma omp barrier
+        expand_work(tiles, count, changes, 1, members, widths, own, hidden, ld, y, ldy);
     }
 }

@@ -23,15 +23,12 @@ from ..places import cache_root
 
 # No -ffast-math: it would make the whole process flush denormal numbers to zero.
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
-_SOURCES = ("vectors.h", "wide.c", "step.c", "lanes.c")
+_SOURCES = ("vectors.h", "work.h", "wide.c", "lanes.c", "forward.c")
 # p: pointer, l: long, i: int, f: float
 _SIGNATURES = {
     "ahl_linear": "pllpippplpi",
-    "ahl_add_norm": "pppfllp",
-    "ahl_silu_mul": "pllpi",
-    "ahl_rotate": "pppllllppll",
-    "ahl_attend": "ppppllllllfppi",
-    "ahl_change": "pllppplpppppplpli",
+    "ahl_change": "pllpplppplpli",
+    "ahl_forward": "pppppplpppii",
 }
 _SECONDS = 120
 

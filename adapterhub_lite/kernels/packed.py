@@ -33,6 +33,11 @@ class PackedWeight:
     codes: torch.Tensor | None = None
 
     @property
+    def format(self) -> int:
+        """The number of `form` in wide.c."""
+        return _FORMATS[self.form]
+
+    @property
     def nbytes(self) -> int:
         """Bytes that one product reads."""
         return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
@@ -48,7 +53,7 @@ class PackedWeight:
             rows.shape[0],
             self.n_in,
             self.panels.data_ptr(),
-            _FORMATS[self.form],
+            self.format,
             None if self.scales is None else self.scales.data_ptr(),
             None if self.codes is None else self.codes.data_ptr(),
             None if bias is None else bias.data_ptr(),

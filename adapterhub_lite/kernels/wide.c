@@ -6,10 +6,14 @@
    shift or mask unpacks sixteen of them. */
 
 #include "vectors.h"
+#include "work.h"
 
 #define PANEL 32
 #define HALF 16
 #define BLOCK 64 /* inputs that share a scale in NF4; also those that are summed before they join the total */
+#define STRIP 256 /* inputs that all rows take in turn */
+#define MOST 64   /* rows that share one reading of a panel */
+#define AHEAD 8192
 
 enum { F32, BF16, NF4, INT8 };
 static const long PANEL_BYTES[] = {PANEL * 4, PANEL * 2, HALF, PANEL};
@@ -33,19 +37,29 @@ INLINE void unpack(int format, const char *w, long i, const vec *scale, vec tabl
     }
 }
 
+/* Where the next weights lie, which are asked for while the present ones are used: without that a core waits for memory
+   as often as it gets a line, since the sums of several rows keep it from looking far ahead. `step` bytes an input. */
+typedef struct {
+    const char *from;
+    long step;
+} ahead;
+
 /* sums [rows][2] += x [rows, k] times inputs begin..end of a panel. A single row keeps four sums, so that an addition
    need not wait for the one before it. */
 INLINE void block(int format, int rows, const float *x, long k, long begin, long end, const char *w, const vec *scale,
-                  vec table, vec *sums) {
+                  vec table, ahead next, vec *sums) {
     enum { WAYS = 4 };
     int ways = rows == 1 ? WAYS : 1;
     vec low[8], high[8];
     for (int t = 0; t < rows * ways; t++) low[t] = high[t] = (vec){0};
+    const char *soon = next.from + begin * next.step;
     long i = begin;
     for (; i + ways <= end; i += ways)
 #pragma GCC unroll 4
         for (int u = 0; u < ways; u++) {
             vec a, b;
+            __builtin_prefetch(soon, 0, 2);
+            soon += next.step;
             unpack(format, w, i + u, scale, table, &a, &b);
 #pragma GCC unroll 8
             for (int t = 0; t < rows; t++) {
@@ -67,57 +81,89 @@ INLINE void block(int format, int rows, const float *x, long k, long begin, long
         }
 }
 
-INLINE void panel(int format, int rows, const float *x, long k, const char *w, const float *scales, vec table,
-                  vec *sums) {
+/* sums [rows][2] += x [rows, k] times inputs begin..end of a panel, block by block. */
+INLINE void strip(int format, int rows, const float *x, long k, long begin, long end, const char *w,
+                  const float *scales, vec table, ahead next, vec *sums) {
     vec scale[2] = {{0}, {0}};
-    for (int t = 0; t < 2 * rows; t++) sums[t] = (vec){0};
-    for (long begin = 0; begin < k; begin += BLOCK) {
+    for (; begin < end; begin += BLOCK) {
         if (format == NF4) memcpy(scale, scales + begin / BLOCK * PANEL, sizeof scale);
-        block(format, rows, x, k, begin, begin + BLOCK < k ? begin + BLOCK : k, w, scale, table, sums);
+        block(format, rows, x, k, begin, begin + BLOCK < end ? begin + BLOCK : end, w, scale, table, next, sums);
     }
-    if (format == INT8)
-        for (int t = 0; t < 2 * rows; t++) sums[t] *= ((const vec *)scales)[t & 1];
 }
 
 #define BY_ROWS(F)                                                                                                     \
-    switch (part) {                                                                                                    \
-    case 1: panel(F, 1, from, k, w, s, table, sums); break;                                                            \
-    case 2: panel(F, 2, from, k, w, s, table, sums); break;                                                            \
-    case 3: panel(F, 3, from, k, w, s, table, sums); break;                                                            \
-    case 4: panel(F, 4, from, k, w, s, table, sums); break;                                                            \
-    case 5: panel(F, 5, from, k, w, s, table, sums); break;                                                            \
-    case 6: panel(F, 6, from, k, w, s, table, sums); break;                                                            \
-    case 7: panel(F, 7, from, k, w, s, table, sums); break;                                                            \
-    default: panel(F, 8, from, k, w, s, table, sums);                                                                  \
+    switch (rows) {                                                                                                    \
+    case 1: strip(F, 1, x, k, begin, end, w, s, table, next, sums); break;                                             \
+    case 2: strip(F, 2, x, k, begin, end, w, s, table, next, sums); break;                                             \
+    case 3: strip(F, 3, x, k, begin, end, w, s, table, next, sums); break;                                             \
+    case 4: strip(F, 4, x, k, begin, end, w, s, table, next, sums); break;                                             \
+    case 5: strip(F, 5, x, k, begin, end, w, s, table, next, sums); break;                                             \
+    case 6: strip(F, 6, x, k, begin, end, w, s, table, next, sums); break;                                             \
+    case 7: strip(F, 7, x, k, begin, end, w, s, table, next, sums); break;                                             \
+    default: strip(F, 8, x, k, begin, end, w, s, table, next, sums);                                                   \
     }
 
-/* y [rows, n] = x [rows, k] W^T + bias (or none). weight: [panels, k, ...] as above; scales: NF4 [panels, k / 64, 32],
-   int8 [panels, 32]; table: the 16 values of a 4-bit code. */
-void ahl_linear(const float *x, long rows, long k, const char *weight, int format, const float *scales,
-                const float *codes, const float *bias, long n, float *y, int threads) {
+static void part(int format, int rows, const float *x, long k, long begin, long end, const char *w, const float *s,
+                 vec table, ahead next, vec *sums) {
+    switch (format) {
+    case F32: BY_ROWS(F32) break;
+    case BF16: BY_ROWS(BF16) break;
+    case NF4: BY_ROWS(NF4) break;
+    default: BY_ROWS(INT8)
+    }
+}
+
+/* One panel for up to MOST rows: sums [rows][2]. A strip of STRIP inputs stays in the first cache for all rows, which
+   take turns by eight, and during which the next strip is brought near. */
+static void panel(int format, long rows, const float *x, long k, const char *w, const float *scales, vec table,
+                  vec *sums) {
+    long parts = (rows + 7) / 8, bytes = PANEL_BYTES[format];
+    ahead next = {0, (bytes + parts - 1) / parts};
+    for (long t = 0; t < 2 * rows; t++) sums[t] = (vec){0};
+    long size = parts == 1 ? k : STRIP;
+    for (long begin = 0; begin < k; begin += size) {
+        long end = begin + size < k ? begin + size : k;
+        for (long p = 0, row = 0; p < parts; p++) {
+            long some = (rows - row + parts - p - 1) / (parts - p);
+            next.from = parts == 1 ? w + AHEAD : w + end * bytes + (p * (end - begin) - begin) * next.step;
+            part(format, (int)some, x + row * k, k, begin, end, w, scales, table, next, sums + 2 * row);
+            row += some;
+        }
+    }
+    if (format == INT8)
+        for (long t = 0; t < 2 * rows; t++) sums[t] *= ((const vec *)scales)[t & 1];
+}
+
+void linear_work(const product *by, const float *x, long rows, float *y) {
     vec table = {0};
-    if (format == NF4) memcpy(&table, codes, sizeof table);
+    long k = by->k, n = by->n;
+    int format = (int)by->format;
+    if (format == NF4) memcpy(&table, by->codes, sizeof table);
     long panels = (n + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp for schedule(static) nowait
     for (long p = 0; p < panels; p++) {
-        const char *w = weight + p * k * PANEL_BYTES[format];
-        const float *s = format == NF4 ? scales + p * (k / BLOCK) * PANEL : format == INT8 ? scales + p * PANEL : 0;
+        const char *w = by->panels + p * k * PANEL_BYTES[format];
+        const float *s = by->scales + (format == NF4 ? p * (k / BLOCK) * PANEL : format == INT8 ? p * PANEL : 0);
+        const float *bias = by->bias ? by->bias + p * PANEL : 0;
         long width = n - p * PANEL < PANEL ? n - p * PANEL : PANEL;
-        for (long row = 0; row < rows; row += 8) {
-            const float *from = x + row * k;
-            int part = rows - row < 8 ? (int)(rows - row) : 8;
-            vec sums[16];
-            switch (format) {
-            case F32: BY_ROWS(F32) break;
-            case BF16: BY_ROWS(BF16) break;
-            case NF4: BY_ROWS(NF4) break;
-            default: BY_ROWS(INT8)
-            }
-            for (int t = 0; t < part; t++) {
+        for (long row = 0; row < rows; row += MOST) {
+            vec sums[2 * MOST];
+            long some = rows - row < MOST ? rows - row : MOST;
+            panel(format, some, x + row * k, k, w, s, table, sums);
+            for (long t = 0; t < some; t++) {
                 float *to = y + (row + t) * n + p * PANEL;
                 const float *sum = (const float *)(sums + 2 * t);
-                for (long j = 0; j < width; j++) to[j] = bias ? sum[j] + bias[p * PANEL + j] : sum[j];
+                for (long j = 0; j < width; j++) to[j] = bias ? sum[j] + bias[j] : sum[j];
             }
         }
     }
+}
+
+/* panels: [panels, k, ...] as above; scales: NF4 [panels, k / 64, 32], int8 [panels, 32]; codes: the 16 values of a
+   4-bit code. */
+void ahl_linear(const float *x, long rows, long k, const char *panels, int format, const float *scales,
+                const float *codes, const float *bias, long n, float *y, int threads) {
+    product by = {panels, format, scales, codes, bias, k, n};
+#pragma omp parallel num_threads(threads)
+    linear_work(&by, x, rows, y);
 }

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import ctypes
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from ..adapters.fit import Fitted
 from ..adapters.pack import Group, Pack
 from ..adapters.sites import features
 from ..bases.load import Base
-from ..kernels.changes import RowChanges, RowMatrices
+from ..kernels.changes import Change, Matrices, RowChanges, change_of
+from ..kernels.forward import Batch
 from ..kernels.library import library
-from .batch import BatchPlan
+from .batch import BatchPlan, Row
 
 
 class Changes(Protocol):
@@ -30,10 +34,8 @@ class Changes(Protocol):
 
 def changes_of(base: Base, plan: BatchPlan) -> Changes:
     """The fastest way that is right for this plan on this machine."""
-    plain = base.device.type == "cpu" and base.dtype == torch.float32 and library().functions is not None
-    if plain and not any(_scales(pack) for row in plan.rows if row for pack in row.packs.values()):
-        return NativeChanges(plan)
-    return LaneChanges(plan)
+    native = base.device.type == "cpu" and base.dtype == torch.float32 and library().functions is not None
+    return NativeChanges(plan) if native else LaneChanges(plan)
 
 
 class LaneChanges:
@@ -59,36 +61,92 @@ class NativeChanges:
     """By native products: every row's own matrices, where they are; nothing is stacked or padded."""
 
     def __init__(self, plan: BatchPlan) -> None:
-        self._rows = plan.rows
-        self._groups: dict[Group, RowChanges | None] = {}
+        self.rows = plan.rows
+        self._groups: dict[Group, tuple[RowChanges | None, torch.Tensor | None]] = {}
+        self._batches: dict[int, Batch] = {}
 
     def scale_input(self, group: Group, x: torch.Tensor) -> torch.Tensor:
-        """Adapters that scale an input are not computed here."""
-        return x
+        """See `Changes`."""
+        scale = self._group(group)[1]
+        return x if scale is None else x * (scale if x.dim() == 2 else scale[:, None])
 
     def apply(self, group: Group, x: torch.Tensor, out: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> None:
         """See `Changes`."""
-        if group not in self._groups:
-            self._groups[group] = self._row_changes(group)
-        change = self._groups[group]
+        change = self._group(group)[0]
         if change is not None:
             change.apply(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]))
 
-    def _row_changes(self, group: Group) -> RowChanges | None:
-        made: dict[str, RowMatrices] = {}
-        rows: list[RowMatrices | None] = []
-        for row in self._rows:
-            pack = row.packs.get(group) if row else None
-            if row is None or pack is None:
-                rows.append(None)
-            else:
-                rows.append(made.setdefault(row.digest, RowMatrices(pack.down, pack.ups)))
-        return RowChanges(rows, _widths(group)) if made else None
+    def batch(self, sites: Sequence[Group]) -> Batch:
+        """The changes of all sites, for native code that runs them all; always asked for the same sites."""
+        if len(sites) not in self._batches:
+            self._batches[len(sites)] = _batch(self.rows, sites)
+        return self._batches[len(sites)]
+
+    def _group(self, group: Group) -> tuple[RowChanges | None, torch.Tensor | None]:
+        if group not in self._groups:
+            packs = [row.packs.get(group) if row else None for row in self.rows]
+            made = {id(pack): _matrices(pack) for pack in packs if pack is not None}
+            rows = [None if pack is None else made[id(pack)] for pack in packs]
+            change = RowChanges(rows, _widths(group), _frozen_bias(group)) if made else None
+            self._groups[group] = (change, _scale([None if pack is None else pack.scale for pack in packs]))
+        return self._groups[group]
 
 
-def _scales(pack: Pack) -> bool:
-    """Whether a pack does more than add a low-rank change."""
-    return any(value is not None for value in (*pack.gains, *pack.biases, pack.scale))
+# The tables that native code reads, kept as long as the adapter is: to make one takes longer than a token.
+_TABLES: MutableMapping[Fitted, tuple[object, Any, int, bool]] = WeakIdKeyDictionary()  # type: ignore[assignment]
+
+
+def _batch(rows: Sequence[Row], sites: Sequence[Group]) -> Batch:
+    adapters = {id(row): row for row in rows if row is not None and row.packs}
+    if not adapters:
+        return Batch()
+    tables = [_table(adapter, sites) for adapter in adapters.values()]
+    changes = (Change * (len(sites) * len(tables)))()
+    size = ctypes.sizeof(Change) * len(sites)
+    for i, (_, table, _, _) in enumerate(tables):
+        ctypes.memmove(ctypes.addressof(changes) + i * size, table, size)
+    numbers = {key: number for number, key in enumerate(adapters)}
+    owners = tuple(numbers.get(id(row), -1) for row in rows)
+    return Batch(owners, changes, max(width for *_, width, _ in tables), any(scales for *_, scales in tables))
+
+
+def _table(adapter: Fitted, sites: Sequence[Group]) -> tuple[object, Any, int, bool]:
+    """The matrices of an adapter, their addresses site by site, the most columns, whether it scales an input."""
+    found = _TABLES.get(adapter)
+    if found is None:
+        made = [_matrices(adapter.packs[group]) if group in adapter.packs else None for group in sites]
+        some = [one for one in made if one is not None]
+        table = (Change * len(sites))(*map(change_of, made))
+        found = _TABLES[adapter] = (
+            made,
+            table,
+            max((int(one.down.shape[1]) for one in some), default=0),
+            any(one.scale is not None for one in some),
+        )
+    return found
+
+
+def _matrices(pack: Pack) -> Matrices:
+    def straight(tensors: Iterable[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+    (scale,) = straight([pack.scale])
+    return Matrices(pack.down, pack.ups, straight(pack.gains), straight(pack.biases), scale)
+
+
+def _scale(scales: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """[rows, in], ones for a row whose adapter leaves the input alone; None where all do."""
+    some = next((scale for scale in scales if scale is not None), None)
+    return None if some is None else torch.stack([torch.ones_like(some) if one is None else one for one in scales])
+
+
+def _frozen_bias(group: Group) -> torch.Tensor | None:
+    """[all outputs], zeros for a layer without; None where no layer has one."""
+    biases = [getattr(module, "bias", None) for module in group]
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(biases, _widths(group), strict=True)
+    return torch.cat([torch.zeros(width) if bias is None else bias.detach().float() for bias, width in pairs])
 
 
 def _widths(group: Sequence[nn.Module]) -> list[int]:

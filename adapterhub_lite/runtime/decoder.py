@@ -17,8 +17,8 @@ from torch import nn
 
 from ..bases.load import Base
 from .batch import BatchPlan
-from .changes import Changes, changes_of
-from .native_step import NativeStep, can_step_natively
+from .changes import Changes, NativeChanges, changes_of
+from .native import native_forward
 from .products import Site, pack_sites
 from .window import Window, WindowShape
 
@@ -65,7 +65,7 @@ class Decoder:
         self.sites = [self.lm_head, *(site for x in self.layers for site in (x.qkv, x.out, x.gate_up, x.down))]
         pack_sites(self.sites, base.dtype)
         self._groups = {site.modules for site in self.sites}
-        self._native = NativeStep(self) if can_step_natively(self) else None
+        self.native = native_forward(self)
 
     def knows(self, plan: BatchPlan) -> bool:
         """Whether all layers that a plan changes are layers of this forward."""
@@ -110,8 +110,8 @@ class Decoder:
         Args:
             tokens, positions: [rows].
         """
-        if self._native is not None:
-            return self._native(tokens, positions, window, changes)
+        if self.native is not None and isinstance(changes, NativeChanges) and len(tokens) <= self.native.most_tokens:
+            return self.native.step(tokens, positions, window, changes)
         mask = window.mask()
         mask = None if mask is None else mask[:, None, None, :]
         return self(tokens[:, None], positions[:, None], window, changes, mask)

@@ -10,7 +10,7 @@ from ..bases.inputs import causal_inputs, encoder_inputs, pad_rows, seq2seq_inpu
 from ..bases.load import Base
 from .batch import BatchPlan
 from .decoder import decoder_of
-from .prefill import prefill
+from .prefill import read_all
 from .sites import SiteHooks
 
 
@@ -29,8 +29,7 @@ def token_logits(
     decoder = decoder_of(base)
     if decoder is not None and decoder.knows(plan):
         with torch.inference_mode():
-            logits, _, _ = prefill(decoder, rows, plan, every=True)
-        return [logits[i, -len(row) :] for i, row in enumerate(rows)]
+            return read_all(decoder, rows, plan)
     ids, mask = (t.to(base.device) for t in pad_rows(list(rows), base.pad_id, left=False))
     if base.kind == "seq2seq":
         given = [[base.config.decoder_start_token_id, *r] for r in decoder_rows or [[] for _ in rows]]

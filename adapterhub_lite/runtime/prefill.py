@@ -11,7 +11,7 @@ from ..adapters.prefix import FittedPrefix, prefix_shape
 from ..bases.inputs import new_cache, pad_rows
 from ..bases.load import Base
 from .batch import BatchPlan
-from .changes import changes_of
+from .changes import Changes, NativeChanges, changes_of
 from .window import Window
 
 if TYPE_CHECKING:
@@ -19,30 +19,74 @@ if TYPE_CHECKING:
 
 
 def prefill(
-    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan, *, every: bool = False
+    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan
 ) -> tuple[torch.Tensor, Window, torch.Tensor]:
     """Next-token logits [rows, vocabulary], the window that holds prefixes and prompts, and the next positions [rows].
 
-    With `every` the logits are those after every token [rows, longest, vocabulary], a row's own at its end.
-    Prompts are padded on the left. The columns of prefixes come before those of all prompts, so that a short prompt
-    leaves a gap between the two; the mask knows of it, and positions do not count it.
+    Prompts end in the same column of the window. The columns of prefixes come before those of all prompts, so that a
+    short prompt leaves a gap between the two; the mask knows of it, and positions do not count it.
+    """
+    window, lengths, before = _window(decoder, prompts, plan)
+    changes = changes_of(decoder.base, plan)
+    if _natively(decoder, prompts, changes):
+        logits = decoder.native.read(prompts, before, window, changes)  # type: ignore[union-attr,arg-type]
+    else:
+        logits = _padded(decoder, prompts, before, window, changes, every=False)
+    return logits, window, before + lengths
+
+
+def read_all(decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan) -> list[torch.Tensor]:
+    """The logits after every token of the rows, [tokens, vocabulary] each."""
+    window, lengths, before = _window(decoder, prompts, plan)
+    changes = changes_of(decoder.base, plan)
+    if _natively(decoder, prompts, changes):
+        every = decoder.native.read(prompts, before, window, changes, every=True)  # type: ignore[union-attr,arg-type]
+        return list(every.split(lengths.tolist()))
+    logits = _padded(decoder, prompts, before, window, changes, every=True)
+    return [logits[i, -len(row) :] for i, row in enumerate(prompts)]
+
+
+def _window(
+    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan
+) -> tuple[Window, torch.Tensor, torch.Tensor]:
+    """A window that holds the prefixes and has room for the prompts, whose columns count as filled.
+
+    Also the lengths of the prompts and of the prefixes, [rows] each.
     """
     device = decoder.base.device
-    ids, real = (t.to(device) for t in pad_rows(list(prompts), decoder.base.pad_id, left=True))
-    rows, new = ids.shape
-    before = 0 if plan.prefix is None else int(plan.prefix.mask.shape[1])
-    window = decoder.new_window(rows, before + new)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    gap = 0 if plan.prefix is None else int(plan.prefix.mask.shape[1])
+    new = max(map(len, prompts))
+    window = decoder.new_window(len(prompts), gap + new)
+    before = torch.zeros_like(lengths)
     if plan.prefix is not None:
-        window.keys[:, :, :, :before] = plan.prefix.keys
-        window.values[:, :, :, :before] = plan.prefix.values
-        window.filled[:, :before] = plan.prefix.mask.bool()
-    window.filled[:, before : before + new] = real.bool()
-    window.end = before + new
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    if plan.prefix is not None:
-        positions = positions + plan.prefix.lengths[:, None]
-    logits = decoder(ids, positions, window, changes_of(decoder.base, plan), _causal(window, new), every=every)
-    return logits, window, positions[:, -1] + 1
+        window.keys[:, :, :, :gap] = plan.prefix.keys
+        window.values[:, :, :, :gap] = plan.prefix.values
+        window.filled[:, :gap] = plan.prefix.mask.bool()
+        before = plan.prefix.lengths.to(device)
+    window.end = gap + new
+    window.filled[:, gap : window.end] = torch.arange(new, device=device) >= new - lengths[:, None]
+    return window, lengths, before
+
+
+def _natively(decoder: Decoder, prompts: Sequence[list[int]], changes: Changes) -> bool:
+    native = decoder.native
+    return native is not None and isinstance(changes, NativeChanges) and sum(map(len, prompts)) <= native.most_tokens
+
+
+def _padded(
+    decoder: Decoder,
+    prompts: Sequence[list[int]],
+    before: torch.Tensor,
+    window: Window,
+    changes: Changes,
+    *,
+    every: bool,
+) -> torch.Tensor:
+    """By torch: [rows, vocabulary], or [rows, longest, vocabulary], a row's own at its end."""
+    ids, real = (t.to(decoder.base.device) for t in pad_rows(list(prompts), decoder.base.pad_id, left=True))
+    positions = (real.cumsum(1) - 1).clamp(min=0) + before[:, None]
+    return decoder(ids, positions, window, changes, _causal(window, ids.shape[1]), every=every)
 
 
 def read_prompt(base: Base, embeddings: torch.Tensor) -> FittedPrefix:

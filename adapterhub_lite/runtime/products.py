@@ -18,9 +18,11 @@ from ..kernels.packed import PackedWeight
 from .changes import Changes
 
 # Row counts at which the native product is compared with torch's; above the last one torch's is used unasked.
-_TRIED = (1, 4, 8, 16, 32, 64)
+_TRIED = (1, 4, 8, 16, 32, 64, 128, 256)
 _SITES = 8
 _REPEATS = 4
+_CLEARLY = 1.5  # a native product that is slower by less may have been disturbed: the next row count is tried
+_MANY = 64  # from so many rows on less is measured: it takes longer, and says as much
 # What was measured in this process, so that two loads of one base compute alike.
 _LIMITS: dict[tuple[str, int, int, torch.dtype, int], int] = {}
 
@@ -36,13 +38,13 @@ class Site:
         self._biases = [getattr(module, "bias", None) for module in modules]
         own = [bias.detach().float() for bias in self._biases if bias is not None]
         self.uniform = len(own) in (0, len(modules))
-        self._bias = torch.cat(own) if own and self.uniform else None
+        self.bias = torch.cat(own) if own and self.uniform else None
 
     def __call__(self, x: torch.Tensor, changes: Changes) -> torch.Tensor:
         """x [rows, ..., in] -> [rows, ..., out of all layers]."""
         given = changes.scale_input(self.modules, x)
         if self.packed is not None and x.numel() <= self.packed_rows * x.shape[-1]:
-            out = self.packed(given, self._bias)
+            out = self.packed(given, self.bias)
         else:
             out = self.plain(given)
         changes.apply(self.modules, given, out, self._biases)
@@ -88,20 +90,27 @@ def _rows_up_to(sites: Sequence[Site], dtype: torch.dtype) -> int:
     best = 0
     for rows in _TRIED:
         x = torch.ones((rows, dense[0].shape[1]), dtype=dtype)
+        repeats, some = (_REPEATS, _SITES) if rows < _MANY else (_REPEATS // 2, _SITES // 4)
+        works = (
+            [partial(site.packed, x) for site in sites[:some] if site.packed is not None],
+            [partial(F.linear, x, weight) for weight in dense[:some]],
+        )
         with torch.inference_mode():
-            native = _seconds([partial(site.packed, x) for site in sites if site.packed is not None])
-            plain = _seconds([partial(F.linear, x, weight) for weight in dense])
-        if native > plain:
+            native, plain = _least_seconds(works, repeats)
+        if native > _CLEARLY * plain:
             break
-        best = rows
+        if native <= plain:
+            best = rows
     return best
 
 
-def _seconds(works: Sequence[Callable[[], object]]) -> float:
-    times = []
-    for _ in range(_REPEATS):
-        begun = time.perf_counter()
-        for work in works:
-            work()
-        times.append(time.perf_counter() - begun)
-    return min(times)
+def _least_seconds(works: Sequence[Sequence[Callable[[], object]]], repeats: int) -> list[float]:
+    """Of each of some works the least of several times, taken in turn: what else the machine does hits all of them."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for found, work in zip(times, works, strict=True):
+            begun = time.perf_counter()
+            for call in work:
+                call()
+            found.append(time.perf_counter() - begun)
+    return [min(found) for found in times]

@@ -114,10 +114,10 @@ def test_greedy_tokens_are_the_models_own(wide_base: Callable[..., Base], family
 
 
 @pytest.mark.skipif(library().functions is None, reason=f"no native products: {library().reason}")
-def test_llama_in_float32_steps_natively_and_qwen3_by_torch(wide_base: Callable[..., Base]) -> None:
+def test_in_float32_all_families_run_natively(wide_base: Callable[..., Base]) -> None:
     found = {family: decoder_of(wide_base(family)) for family in CLASSES}
-    assert {family: decoder._native is not None for family, decoder in found.items() if decoder} == {
-        "llama": True, "mistral": True, "qwen2": True, "qwen3": False,
+    assert {family: decoder.native is not None for family, decoder in found.items() if decoder} == {
+        "llama": True, "mistral": True, "qwen2": True, "qwen3": True,
     }  # fmt: skip
     assert all(site.packed is not None for site in (found["llama"].layers[0].qkv, found["llama"].lm_head))
 
@@ -130,12 +130,12 @@ def test_a_native_step_is_the_torch_step(wide_base: Callable[..., Base]) -> None
     plan = decoders.BatchPlan((None,) * len(PROMPTS), (), None, base.device)
     found = []
     with torch.inference_mode():
-        for native in (decoder._native, None):
+        for native in (decoder.native, None):
             _, window, positions = prefill(decoder, PROMPTS, plan)
             window.extend()
-            kept, decoder._native = decoder._native, native
+            kept, decoder.native = decoder.native, native
             found.append(decoder.step(torch.tensor([3, 4, 5, 6]), positions, window, changes_of(base, plan)))
-            decoder._native = kept
+            decoder.native = kept
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
