@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..formats.card import Card
 from ..formats.files import read_regular
 from ..formats.peft_config import MAX_BYTES, Spec, adapter_config, parse_adapter_config
 from ..formats.safetensors_header import Header, parse_header
+from ..kernels.matrices import all_finite
 from ..store.reading import Stored
 
 CONFIG_FILE = "adapter_config.json"
@@ -108,11 +109,3 @@ def check_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
             raise AdapterMismatch(
                 f"{name}: tensor {key} holds NaN or infinity.", "The training diverged; do not use it."
             )
-
-
-def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no value is NaN or infinite; a sum shows it in one pass, and only a sum that overflows needs a second."""
-    some = [tensor for tensor in tensors if tensor.numel()]
-    if not some or bool(torch.isfinite(torch.stack([tensor.sum().float() for tensor in some])).all()):
-        return True
-    return all(bool(torch.isfinite(tensor).all()) for tensor in some)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import AdapterMismatch, NoEffect, Unsupported
 from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
-from .adapter import Adapter, all_finite, check_finite
+from ..kernels.matrices import all_finite
+from .adapter import Adapter, check_finite
 from .factored import fit_factored, split_factors
 from .ia3 import fit_ia3, split_ia3
 from .lora import PREFIX, LoraSite, fit_lora, split_tensors
@@ -88,7 +89,7 @@ class Fitted:
     @property
     def finite(self) -> bool:
         """Whether every value is a number: scaling, or a narrower dtype, can make infinity of a large one."""
-        found = [t for s in self.sites.values() for t in s.tensors]
+        found = [t for part in (self.packs or self.sites).values() for t in part.tensors]
         found += [self.prefix.keys, self.prefix.values] if self.prefix else []
         found += [self.prompt.embeddings] if self.prompt else []
         found += list(self.head.parameters()) if self.head is not None else []

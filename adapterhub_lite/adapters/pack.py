@@ -6,12 +6,13 @@ hidden values of all. Down is kept as [in, R] and up as [R, out]: with few rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..kernels.matrices import copy_transposed
 from .lora import LoraSite
 
 Group = tuple[nn.Module, ...]
@@ -40,6 +41,11 @@ class Pack:
         """The rank at each member; 0 where there is none."""
         return tuple(0 if up is None else int(up.shape[0]) for up in self.ups)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors there are."""
+        return tuple(t for t in (self.down, *self.ups, *self.gains, *self.biases, self.scale) if t is not None)
+
 
 def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> dict[Group, Pack]:
     """Pack the sites of an adapter, in the device and dtype they are in; a site of no group is a group of its own.
@@ -47,13 +53,16 @@ def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> dict[G
     So is a site that scales its input: the others of its group read that input as it is.
     """
     packs: dict[Group, Pack] = {}
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    room = _Room(sites.values())
     left = dict(sites)
     together = {module: site for module, site in sites.items() if site.scale is None}
     for group in groups:
         members = [left.pop(module) if module in together else None for module in group]
         if any(member is not None for member in members):
-            packs[group] = _pack(members)
-    packs |= {(module,): _pack([site]) for module, site in left.items()}
+            packs[group] = _pack(members, room, copies)
+    packs |= {(module,): _pack([site], room, copies) for module, site in left.items()}
+    copy_transposed(copies)
     return packs
 
 
@@ -66,11 +75,40 @@ def unpack(group: Group, packed: Pack) -> Iterator[tuple[nn.Module, LoraSite]]:
             column += up.shape[0]
 
 
-def _pack(members: Sequence[LoraSite | None]) -> Pack:
-    downs = [site.down.t() for site in members if site is not None]
+class _Room:
+    """Memory for the matrices of an adapter, in one piece."""
+
+    def __init__(self, sites: Collection[LoraSite]) -> None:
+        tensors = [tensor for site in sites for tensor in (site.down, site.up)]
+        alike = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
+        self._left = tensors[0].new_empty(sum(_rounded(tensor.numel()) for tensor in tensors)) if alike else None
+
+    def take(self, like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """A new matrix [rows, columns] on the device and in the dtype of `like`."""
+        if self._left is None:
+            return like.new_empty((rows, columns))
+        taken, self._left = self._left[: rows * columns], self._left[_rounded(rows * columns) :]
+        return taken.view(rows, columns)
+
+
+def _rounded(numbers: int) -> int:
+    """So many that what comes after them begins a line of the processor's cache."""
+    return -(-numbers // 16) * 16
+
+
+def _pack(members: Sequence[LoraSite | None], room: _Room, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> Pack:
+    """A pack whose matrices are still to be filled; `copies` tells from what."""
+    some = [site for site in members if site is not None]
+    ranks = [0 if site is None else int(site.down.shape[0]) for site in members]
+    down = room.take(some[0].down, some[0].down.shape[1], sum(ranks))
+    ups = tuple(None if site is None else room.take(site.up, *reversed(site.up.shape)) for site in members)
+    columns = torch.split(down, ranks, 1)
+    for site, part, up in zip(members, columns, ups, strict=True):
+        if site is not None and up is not None:
+            copies += [(site.down, part), (site.up, up)]
     return Pack(
-        (downs[0] if len(downs) == 1 else torch.cat(downs, 1)).contiguous(),
-        tuple(None if site is None else site.up.t().contiguous() for site in members),
+        down,
+        ups,
         tuple(None if site is None else site.gain for site in members),
         tuple(None if site is None else site.bias for site in members),
         members[0].scale if len(members) == 1 and members[0] is not None else None,

@@ -12,7 +12,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import FormatError, UnsafeFile
@@ -33,6 +35,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 _KEY = re.compile(r"[A-Za-z0-9_.\-]{1,512}", re.ASCII)
 _LENGTH = 8
+_REMEMBERED = 1 << 18  # bytes of a header that is kept for the next file
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # What one tensor has of these signs beside its brace, and what all metadata may add.
 _SIGNS: Mapping[bytes, int] = {b":": 4, b",": 8}
@@ -58,8 +61,8 @@ class TensorInfo:
 class Header:
     """All tensors of a file in header order, its metadata, and where the body begins (bytes from the file's start)."""
 
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
     body_offset: int
 
     def span(self, name: str) -> slice:
@@ -88,7 +91,8 @@ def parse_header(
 ) -> Header:
     """The same for a file held in memory. Raises as `read_header`."""
     length = _header_length(data[:_LENGTH], len(data), what, limit)
-    return _parse(data[:_LENGTH], data[_LENGTH : _LENGTH + length], len(data), what, max_tensors)
+    read = _parse if length > _REMEMBERED else _parse_once
+    return read(data[:_LENGTH], data[_LENGTH : _LENGTH + length], len(data), what, max_tensors)
 
 
 def _header_length(start: bytes, size: int, what: str, limit: int) -> int:
@@ -121,7 +125,11 @@ def _parse(start: bytes, head: bytes, size: int, what: str, max_tensors: int) ->
     tensors = {_key(key, what): _tensor(key, fields.pop(key), what) for key in list(fields)}
     body = _LENGTH + len(head)
     _check_contiguous(tensors, size - body, what)
-    return Header(tensors, metadata, body)
+    return Header(MappingProxyType(tensors), MappingProxyType(metadata), body)
+
+
+# Adapters of one recipe have the same header, byte for byte.
+_parse_once = lru_cache(maxsize=16)(_parse)
 
 
 def _check_signs(head: bytes, what: str, max_tensors: int) -> None:

@@ -23,13 +23,16 @@ from ..places import cache_root
 
 # No -ffast-math: it would make the whole process flush denormal numbers to zero.
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
-_SOURCES = ("vectors.h", "work.h", "wide.c", "lanes.c", "forward.c")
+_SOURCES = ("vectors.h", "work.h", "wide.c", "lanes.c", "forward.c", "matrices.c")
 # p: pointer, l: long, i: int, f: float
 _SIGNATURES = {
     "ahl_linear": "pllpippplpi",
     "ahl_change": "pllpplppplpli",
+    "ahl_transpose": "pl",
+    "ahl_all_finite": "pl",
     "ahl_forward": "pppppplpppii",
 }
+_ANSWERS = frozenset({"ahl_all_finite"})
 _SECONDS = 120
 
 
@@ -97,7 +100,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
     for name, arguments in _SIGNATURES.items():
         function = getattr(functions, name)
-        function.restype = None
+        function.restype = ctypes.c_int if name in _ANSWERS else None
         function.argtypes = [kinds[kind] for kind in arguments]
 
 

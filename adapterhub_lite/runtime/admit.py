@@ -15,6 +15,7 @@ from ..formats.card import Card
 from ..formats.specs import PrefixSpec, PromptSpec
 from ..names import Ref
 from ..store import Store
+from ..store.reading import Stored
 from .certificate import compare, measure_fitted
 from .prefill import read_prompt
 
@@ -70,12 +71,15 @@ def admit(store: Store, ref: Ref, base: Base) -> Admitted:
         BaseMismatch: it was made for another base.
         AdapterMismatch: it does not fit.
     """
-    stored = store.read(ref)
-    card = stored.card
-    remark = compare_base(str(ref), card.base, base)
-    if not remark and "claimed_origin" in card.origin:
-        remark = f"{ref} was imported: that it was made for this base is what its card claims."
-    return Admitted(fit_to_base(stored_adapter(stored), base), card, remark)
+
+    def fitted(stored: Stored) -> Admitted:
+        card = stored.card
+        remark = compare_base(str(ref), card.base, base)
+        if not remark and "claimed_origin" in card.origin:
+            remark = f"{ref} was imported: that it was made for this base is what its card claims."
+        return Admitted(fit_to_base(stored_adapter(stored), base), card, remark)
+
+    return store.read_while(ref, fitted)
 
 
 def prove(admitted: Admitted, base: Base) -> dict[str, Any]:

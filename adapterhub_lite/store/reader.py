@@ -33,6 +33,7 @@ Events = list["Event"]
 Versions = list[int]
 _CHECK = "Check --store and AHL_HOME."
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def told(method: _Method) -> _Method:
@@ -104,6 +105,10 @@ class StoreReader:
         """The files of a version as bytes, each read once and checked: what is used is what was verified."""
         found = self.resolve(ref)
         return reading.read_version(self._layout, found)
+
+    def read_while(self, ref: str | Ref, work: Callable[[reading.Stored], T]) -> T:
+        """What `work` makes of a version's files, which are checked meanwhile; see `reading.read_while`."""
+        return reading.read_while(self._layout, self.resolve(ref), work)
 
     @told
     def card(self, ref: str | Ref) -> Card:

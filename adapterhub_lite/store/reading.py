@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import FormatError, NotFound, StoreCorrupt, StoreError
 from ..formats.card import Card
@@ -16,6 +21,8 @@ from .links import is_folder
 from .manifest import LIMITS, MAX_BYTES, FileFact, Manifest
 from .received import trusted_view
 
+T = TypeVar("T")
+_WORTH_A_THREAD = 1 << 20  # bytes; fewer are checked before a thread has begun
 _REPAIR = "Restore it from a copy of the store, or remove the version and import or train it again."
 _HEAL = "`ahl verify --repair` restores it from equal content of the store; importing the same export again does too."
 
@@ -71,15 +78,54 @@ def read_version(layout: Layout, ref: Ref) -> Stored:
         NotFound: it was removed meanwhile.
         StoreCorrupt: a file is not what it was when it was stored.
     """
+    return read_while(layout, ref, lambda stored: stored)
+
+
+def read_while(layout: Layout, ref: Ref, work: Callable[[Stored], T]) -> T:
+    """What `work` makes of a version, whose weights are checked by another thread meanwhile.
+
+    It is returned only if the bytes are those that were stored; if they are not, that is what is said, whatever `work`
+    may have found wrong with them. Raises as `read_version`, and what `work` raises.
+    """
     name, version = ref.name, ref.version or 0
     manifest = load_manifest(layout, name, version)
     check_identity(name, version, manifest, ref)
-    files = {file: _checked(layout, name, version, file, fact) for file, fact in manifest.files.items()}
+    files = {file: _read(layout, name, version, file, fact) for file, fact in manifest.files.items()}
+    for file in files.keys() - {WEIGHTS}:
+        _check(name, version, file, files[file], manifest.files[file])
     try:
         card = trusted_view(Card.from_bytes(files[CARD]), manifest.received)
     except FormatError as error:
         raise corrupt(name, version, error.message) from None
-    return Stored(ref, files[CONFIG], files[WEIGHTS], card)
+    stored = Stored(ref, files[CONFIG], files[WEIGHTS], card)
+    check = partial(_check, name, version, WEIGHTS, files[WEIGHTS], manifest.files[WEIGHTS])
+    with _beside(check, alone=len(files[WEIGHTS]) < _WORTH_A_THREAD):
+        return work(stored)
+
+
+@contextmanager
+def _beside(check: Callable[[], object], alone: bool) -> Iterator[None]:
+    """Run `check` while the block runs; what it raises comes before what the block raises. `alone`: run it first."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            check()
+        except BaseException as error:
+            raised.append(error)
+
+    if alone:
+        check()
+        yield
+        return
+    thread = threading.Thread(target=run, name="adapterhub-lite digest")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        if raised:
+            raise raised[0] from None
 
 
 def check_identity(name: str, version: int, manifest: Manifest, ref: Ref) -> None:
@@ -89,6 +135,12 @@ def check_identity(name: str, version: int, manifest: Manifest, ref: Ref) -> Non
 
 
 def _checked(layout: Layout, name: str, version: int, file: str, fact: FileFact) -> bytes:
+    data = _read(layout, name, version, file, fact)
+    _check(name, version, file, data, fact)
+    return data
+
+
+def _read(layout: Layout, name: str, version: int, file: str, fact: FileFact) -> bytes:
     try:
         data = read_regular(layout.version(name, version) / file, min(fact.size, LIMITS[file]))
     except (NotFound, FormatError) as error:
@@ -97,9 +149,12 @@ def _checked(layout: Layout, name: str, version: int, file: str, fact: FileFact)
         raise _unreadable(name, version, file, error) from error
     if len(data) != fact.size:
         raise corrupt(name, version, f"{file} has {len(data)} bytes instead of {fact.size}.", _HEAL)
+    return data
+
+
+def _check(name: str, version: int, file: str, data: bytes, fact: FileFact) -> None:
     if FileFact.of(data) != fact:
         raise corrupt(name, version, f"{file} does not match its digest {fact.sha256[:12]}.", _HEAL)
-    return data
 
 
 def file_problem(path: Path, fact: FileFact) -> str:

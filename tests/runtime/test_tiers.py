@@ -151,7 +151,7 @@ def test_more_than_the_whole_budget_is_refused_before_it_is_read(make, size, mon
     runtime = make(memory=int(1.5 * size))
     build.stored(runtime.store, runtime.base, "big", build.lora(runtime.base, 9, 12))
     expected = logits(runtime, "a")
-    monkeypatch.setattr(Store, "read", None)
+    monkeypatch.setattr(Store, "read_while", None)
     with pytest.raises(CapacityError, match=r"big@1 needs .* more than all the"):
         runtime.load("big")
     with pytest.raises(CapacityError, match=r"b@1 needs .*in use: a@1"), leased(runtime, "a"):
@@ -204,15 +204,15 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.reached, self.reads = threading.Event(), threading.Event(), []
-        read = Store.read
+        read = Store.read_while
 
-        def gated(store: Store, ref: Any) -> Any:
+        def gated(store: Store, ref: Any, work: Any) -> Any:
             self.reads.append(ref.name)
             self.reached.set()
             assert self.open.wait(20)
-            return read(store, ref)
+            return read(store, ref, work)
 
-        monkeypatch.setattr(Store, "read", gated)
+        monkeypatch.setattr(Store, "read_while", gated)
 
 
 def settle(runtime: Runtime) -> None:
@@ -419,8 +419,10 @@ def test_the_host_spares_the_disk_until_its_own_budget_ends(make, size, monkeypa
     assert host.used <= host.memory
     assert [image.fitted.name for image in host.resident()] == ["b@1", "c@1"]
     reads: list[str] = []
-    read = Store.read
-    monkeypatch.setattr(Store, "read", lambda store, ref: (reads.append(ref.name), read(store, ref))[1])
+    read = Store.read_while
+    monkeypatch.setattr(
+        Store, "read_while", lambda store, ref, work: (reads.append(ref.name), read(store, ref, work))[1]
+    )
     for name in "bcbab":
         assert torch.equal(logits(runtime, name), expected[name])
         assert host.used <= host.memory

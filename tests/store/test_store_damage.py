@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from adapterhub_lite.errors import StoreCorrupt
 from adapterhub_lite.formats.card import Card
-from adapterhub_lite.store import Store
+from adapterhub_lite.store import Store, reading
 from tests.checks import assert_store_sound
 from tests.formats.build import lora_files
 from tests.store.faulty import Unsynced
@@ -103,3 +104,21 @@ def test_putting_the_content_again_heals_the_object(store: Store) -> None:
     assert store.verified_folder(again)
     store.remove("sql@1", force=True)
     assert_store_sound(store.path)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_was_made_of_damaged_bytes_is_not_returned(
+    store: Store, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the digest is formed before the work or beside it, and whether the work goes through or not."""
+    monkeypatch.setattr(reading, "_WORTH_A_THREAD", 0 if beside else 1 << 20)
+    path = store.folder("sql@1") / "adapter_model.safetensors"
+    good = path.read_bytes()
+    assert store.read_while("sql@1", lambda stored: stored.weights) == good
+    with pytest.raises(ZeroDivisionError):
+        store.read_while("sql@1", lambda stored: 1 // 0)
+    overwrite(path, good[:-1] + bytes([good[-1] ^ 1]))
+    for work in (lambda stored: stored.weights, lambda stored: 1 // 0):
+        with pytest.raises(StoreCorrupt, match="does not match its digest"):
+            store.read_while("sql@1", work)
+    assert [thread.name for thread in threading.enumerate() if "digest" in thread.name] == []
