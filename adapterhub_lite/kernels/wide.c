@@ -10,9 +10,10 @@
 
 #define PANEL 32
 #define HALF 16
-#define BLOCK 64 /* inputs that share a scale in NF4; also those that are summed before they join the total */
-#define STRIP 256 /* inputs that all rows take in turn */
+#define BLOCK 64 /* inputs that share a scale in NF4 */
+#define STRIP 256 /* inputs that all rows take in turn, and that are summed before they join the total */
 #define MOST 64   /* rows that share one reading of a panel */
+#define GROUP 256 /* rows that stay in the second cache while all panels are read */
 #define AHEAD 8192
 
 enum { F32, BF16, NF4, INT8 };
@@ -85,9 +86,9 @@ INLINE void block(int format, int rows, const float *x, long k, long begin, long
 INLINE void strip(int format, int rows, const float *x, long k, long begin, long end, const char *w,
                   const float *scales, vec table, ahead next, vec *sums) {
     vec scale[2] = {{0}, {0}};
-    for (; begin < end; begin += BLOCK) {
+    for (long size = format == NF4 ? BLOCK : STRIP; begin < end; begin += size) {
         if (format == NF4) memcpy(scale, scales + begin / BLOCK * PANEL, sizeof scale);
-        block(format, rows, x, k, begin, begin + BLOCK < end ? begin + BLOCK : end, w, scale, table, next, sums);
+        block(format, rows, x, k, begin, begin + size < end ? begin + size : end, w, scale, table, next, sums);
     }
 }
 
@@ -134,12 +135,9 @@ static void panel(int format, long rows, const float *x, long k, const char *w, 
         for (long t = 0; t < 2 * rows; t++) sums[t] *= ((const vec *)scales)[t & 1];
 }
 
-void linear_work(const product *by, const float *x, long rows, float *y) {
-    vec table = {0};
-    long k = by->k, n = by->n;
+static void group(const product *by, vec table, const float *x, long rows, float *y) {
+    long k = by->k, n = by->n, panels = (n + PANEL - 1) / PANEL;
     int format = (int)by->format;
-    if (format == NF4) memcpy(&table, by->codes, sizeof table);
-    long panels = (n + PANEL - 1) / PANEL;
 #pragma omp for schedule(static) nowait
     for (long p = 0; p < panels; p++) {
         const char *w = by->panels + p * k * PANEL_BYTES[format];
@@ -157,6 +155,14 @@ void linear_work(const product *by, const float *x, long rows, float *y) {
             }
         }
     }
+}
+
+void linear_work(const product *by, const float *x, long rows, float *y) {
+    vec table = {0};
+    long k = by->k, n = by->n;
+    if (by->format == NF4) memcpy(&table, by->codes, sizeof table);
+    for (long row = 0; row < rows; row += GROUP)
+        group(by, table, x + row * k, rows - row < GROUP ? rows - row : GROUP, y + row * n);
 }
 
 /* panels: [panels, k, ...] as above; scales: NF4 [panels, k / 64, 32], int8 [panels, 32]; codes: the 16 values of a
