@@ -29,6 +29,7 @@ _PUBLIC = {
     "Runtime": "runtime.runtime",
     "Sampling": "runtime.sampling",
     "Store": "store",
+    "TaggedWord": "runtime.predict",
     "diff": "workflows.diff",
     "evaluate": "workflows.evaluate",
     "load_base": "bases.load",
@@ -52,6 +53,7 @@ __all__ = [
     "Runtime",
     "Sampling",
     "Store",
+    "TaggedWord",
     "__version__",
     "diff",
     "evaluate",
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
     from .merging.report import MergeReport
     from .names import Ref
     from .recipe import Recipe, load_recipe
-    from .runtime.predict import Prediction
+    from .runtime.predict import Prediction, TaggedWord
     from .runtime.runtime import Runtime
     from .runtime.sampling import Sampling
     from .store import Store

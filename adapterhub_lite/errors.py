@@ -105,6 +105,10 @@ class BaseDiffers(UserWarning):
     """An adapter is served on a base that is not exactly the one it was made on, as in another precision."""
 
 
+class SlowAdapter(UserWarning):
+    """An adapter is served more slowly than others, since there is no form of ours for it."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One wrong field of a recipe: where (`path`, 1-based `line`, 0 if unknown), what, and what to write instead."""

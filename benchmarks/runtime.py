@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from adapterhub_lite.bases.load import load_base
 from adapterhub_lite.bases.quiet import quiet
 
-from . import runtime_encoder, runtime_generate, runtime_swap
+from . import runtime_compiled, runtime_encoder, runtime_generate, runtime_swap
 from .common import BASE, print_head
 from .options import add_options
 from .rows import Row
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = load_base(BASE, options.quantize)
     print_head("runtime: switch, load, generate, label", base)
     with quiet():
-        for part in (runtime_swap, runtime_generate):
+        for part in (runtime_swap, runtime_generate, runtime_compiled):
             _take(rows, part.rows(base, sizes), options.quick)
         _take(rows, runtime_encoder.rows(sizes), options.quick)
     if options.json:

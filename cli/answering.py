@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .render import printable, put, say
+from .render import Column, printable, put, say, table
 
 if TYPE_CHECKING:
+    from ..runtime.predict import TaggedWord
     from ..runtime.runtime import Runtime
     from ..runtime.sampling import Sampling
 
@@ -42,7 +43,11 @@ def answer_once(runtime: Runtime, adapter: str | None, question: Question, strea
     """Answer with the runtime's adapter in use, printing as it comes if `stream`; returns everything as plain data."""
     told: dict[str, Any] = {"base": runtime.base.name, "adapter": runtime.default, "prompt": question.prompt}
     if runtime.base.kind == "encoder":
-        made = runtime.predict(question.prompt)[0]
+        made = runtime.label(question.prompt)[0]
+        if isinstance(made, list):
+            if stream:
+                say(*_tag_lines(made))
+            return {**told, "words": [asdict(word) for word in made]}
         if stream:
             say(printable(made.label))
         return {**told, "label": made.label, "score": made.score, "scores": made.scores}
@@ -53,6 +58,12 @@ def answer_once(runtime: Runtime, adapter: str | None, question: Question, strea
         sampling=question.sampling(),
     )
     return {**told, "answer": write(pieces) if stream else "".join(pieces)}
+
+
+def _tag_lines(words: list[TaggedWord]) -> list[str]:
+    """A table of words and their tags."""
+    columns = (Column("WORD"), Column("TAG"), Column("SCORE", right=True))
+    return table(columns, [(word.word, word.tag, f"{word.score:.2f}") for word in words])
 
 
 def answer_length(runtime: Runtime, adapter: str | None, wanted: int | None) -> int:

@@ -14,8 +14,10 @@ from safetensors.torch import load, save
 from ..errors import AdapterMismatch
 from ..formats.card import Card
 from ..formats.files import read_regular
+from ..formats.injected import is_index
 from ..formats.peft_config import MAX_BYTES, Spec, adapter_config, parse_adapter_config
 from ..formats.safetensors_header import Header, parse_header
+from ..formats.specs import InjectedSpec
 from ..kernels.matrices import all_finite
 from ..store.reading import Stored
 
@@ -31,7 +33,8 @@ class Adapter:
     Attributes:
         tensors: PEFT's keys as on disk, e.g. `base_model.model.<module>.lora_A.weight` [rank, in],
             `....lora_B.weight` [out, rank], `....ia3_l` [out, 1] or [1, in], or
-            `prompt_embeddings` [tokens, 2 * layers * key-value width] (prefix) or [tokens, hidden] (prompt).
+            `prompt_embeddings` [tokens, 2 * layers * key-value width] (prefix) or [tokens, hidden] (prompt); those of
+            methods that PEFT runs as PEFT has them.
     """
 
     spec: Spec
@@ -77,7 +80,7 @@ def _adapter(config: bytes, weights: bytes, name: str, digest: str, card: Card |
     spec = parse_adapter_config(config)
     header = parse_header(weights, WEIGHTS_FILE)  # limits first: the library accepts files that take seconds
     tensors = _views(weights, header)
-    check_finite(tensors, name)
+    check_finite(tensors, name, spec)
     return Adapter(spec, tensors, card, name, digest, finite=True)
 
 
@@ -97,10 +100,14 @@ def _views(weights: bytes, header: Header) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Raise AdapterMismatch naming the first tensor that holds NaN or infinity, or is not floating point."""
+def check_finite(tensors: Mapping[str, torch.Tensor], name: str, spec: Spec) -> None:
+    """Raise AdapterMismatch naming the first tensor that holds NaN or infinity, or is not floating point.
+
+    Tensors of places in a weight, which some methods have, hold whole numbers.
+    """
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        places = isinstance(spec, InjectedSpec) and is_index(spec.method, key)
+        if not tensor.is_floating_point() and not places:
             raise AdapterMismatch(f"{name}: tensor {key} is {tensor.dtype}, not floating point.", "Train it again.")
     if all_finite(tensors.values()):
         return

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import AdapterMismatch, Unsupported
 from ..formats.adapter_files import A_SUFFIX, B_SUFFIX, LORA_PREFIX, PREFIX_HEAD_PREFIX, PROMPT
-from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
+from ..formats.specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec, PromptSpec
 from .adapter import Adapter
 from .factored import fitted_factors, split_factors
 from .ia3 import split_ia3
@@ -111,8 +111,8 @@ _Changes = dict[tuple[Part, str], _Change]
 
 
 def kind_of(adapter: Adapter) -> str:
-    """lora, dora, adalora, loha, lokr, ia3, prefix or prompt."""
-    if isinstance(adapter.spec, FactoredSpec):
+    """lora, dora, adalora, loha, lokr, ia3, prefix or prompt; of what PEFT runs its method, as vera."""
+    if isinstance(adapter.spec, FactoredSpec | InjectedSpec):
         return adapter.spec.method.lower()
     if not isinstance(adapter.spec, LoraSpec):
         return {Ia3Spec: "ia3", PrefixSpec: "prefix", PromptSpec: "prompt"}[type(adapter.spec)]
@@ -123,7 +123,7 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
     """Compare the changes of two adapters of one kind, on the device of their tensors.
 
     Raises:
-        Unsupported: they are of different kinds, whose tensors mean different things.
+        Unsupported: they are of different kinds, whose tensors mean different things; or only PEFT knows their kind.
         AdapterMismatch: tensors that do not belong together, or values beyond what can be squared.
     """
     if kind_of(a) != kind_of(b):
@@ -131,6 +131,9 @@ def compare(a: Adapter, b: Adapter) -> Comparison:
             f"{a.name} is {kind_of(a)}, {b.name} is {kind_of(b)}: their tensors mean different things.",
             "Compare their answers.",
         )
+    if isinstance(a.spec, InjectedSpec):
+        message = f"{a.name} and {b.name} are {kind_of(a)}: what their tensors do to a weight only PEFT's layers know."
+        raise Unsupported(message, "Compare their answers.")
     ours, theirs = _changes(a), _changes(b)
     keys = sorted({**ours, **theirs}, key=lambda key: (PARTS.index(key[0]), natural(key[1])))
     modules = tuple(_overlap(key, ours.get(key), theirs.get(key)) for key in keys)
@@ -194,6 +197,7 @@ def _changes(adapter: Adapter) -> _Changes:
             for name, site in sites.items()
         }
         return {**deltas, **_heads(others, LORA_PREFIX)}
+    assert not isinstance(spec, InjectedSpec)
     if isinstance(spec, Ia3Spec):
         vectors, others = split_ia3(adapter.tensors)
         found: _Changes = {("factor", name): _dense(vector - 1) for name, vector in vectors.items()}

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import AdapterMismatch, NoEffect, Unsupported
-from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec
+from ..formats.specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec, PromptSpec
 from ..kernels.matrices import all_finite
 from .adapter import Adapter, check_finite
 from .factored import fit_factored, split_factors
 from .ia3 import fit_ia3, split_ia3
+from .injected import Injected, fit_injected
 from .lora import PREFIX, LoraSite, fit_lora, split_tensors
 from .pack import Group, Pack, pack, unpack
 from .prefix import FittedPrefix, fit_prefix, prefix_shape
@@ -63,6 +64,7 @@ class Fitted:
         head: the classification head, or None.
         packs: the tensors of `sites` as a runtime's products read them (`packed`).
         prompt: embeddings before a text's own, where they cannot be read ahead of it; or None.
+        injected: the changed layers as PEFT's own, where we have no form of them; bound to the base's device.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Fitted:
     tensors: int
     packs: dict[Group, Pack] = field(default_factory=dict)
     prompt: FittedPrompt | None = None
+    injected: Injected | None = None
 
     @property
     def virtual_tokens(self) -> int:
@@ -84,7 +87,8 @@ class Fitted:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         head = sum(p.nbytes for p in self.head.parameters()) if self.head is not None else 0
-        return head + sum(part.nbytes for part in (*self.sites.values(), self.prefix, self.prompt) if part is not None)
+        parts = (*self.sites.values(), self.prefix, self.prompt, self.injected)
+        return head + sum(part.nbytes for part in parts if part is not None)
 
     @property
     def finite(self) -> bool:
@@ -92,11 +96,12 @@ class Fitted:
         found = [t for part in (self.packs or self.sites).values() for t in part.tensors]
         found += [self.prefix.keys, self.prefix.values] if self.prefix else []
         found += [self.prompt.embeddings] if self.prompt else []
+        found += self.injected.tensors if self.injected else []
         found += list(self.head.parameters()) if self.head is not None else []
         return all_finite(found)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Fitted:
-        """The same adapter on `device` in `dtype`."""
+        """The same adapter on `device` in `dtype`; layers of PEFT stay where their base is."""
         return Fitted(
             self.name,
             self.digest,
@@ -106,6 +111,7 @@ class Fitted:
             self.head.to(device, dtype) if self.head is not None else None,
             self.tensors,
             prompt=self.prompt.to(device, dtype) if self.prompt else None,
+            injected=self.injected,
         )
 
     def packed(self, groups: Iterable[Group]) -> Fitted:
@@ -122,16 +128,19 @@ def fit(adapter: Adapter, target: Target) -> Fitted:
         Unsupported: a prompt for a target that has no place before a text.
     """
     if not adapter.finite:
-        check_finite(adapter.tensors, adapter.name)
+        check_finite(adapter.tensors, adapter.name, adapter.spec)
     parts = _Parts()
     if isinstance(adapter.spec, LoraSpec | FactoredSpec | Ia3Spec):
         others, stem = _fit_sites(adapter, adapter.spec, target, parts), PREFIX
+    elif isinstance(adapter.spec, InjectedSpec):
+        stem = PREFIX
+        parts.injected, others = fit_injected(adapter.spec, adapter.tensors, target.modules, adapter.name)
     else:
         others, stem = _fit_front(adapter, adapter.spec, target, parts), "base_model."
     head = _fit_head(others, stem, target, adapter)
     task = adapter.spec.task_type
     fitted = Fitted(adapter.name, adapter.digest, task, parts.sites, parts.prefix, head, len(adapter.tensors))
-    fitted = replace(fitted, prompt=parts.prompt)
+    fitted = replace(fitted, prompt=parts.prompt, injected=parts.injected)
     _check_effect(fitted)
     return fitted
 
@@ -143,6 +152,7 @@ class _Parts:
     sites: dict[nn.Module, LoraSite] = field(default_factory=dict)
     prefix: FittedPrefix | None = None
     prompt: FittedPrompt | None = None
+    injected: Injected | None = None
 
 
 def _fit_sites(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ..errors import Unsupported
 
 HEAD_NAMES = ("classifier", "score", "classification_head")
-"""Attribute names of classification heads in transformers' *ForSequenceClassification classes."""
+"""Attribute names of heads in transformers' *ForSequenceClassification and *ForTokenClassification classes."""
 _HEADLESS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
@@ -30,5 +30,5 @@ def check_heads(task_type: str | None, tensors: Iterable[str]) -> None:
             raise Unsupported(
                 f"The adapter brings the head {module} (modules_to_save), but its task type {task_type} has none, "
                 "so this can never be loaded.",
-                "Train it with task type SEQ_CLS, or without modules_to_save.",
+                "Train it with task type SEQ_CLS or TOKEN_CLS, or without modules_to_save.",
             )

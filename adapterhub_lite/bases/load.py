@@ -26,7 +26,7 @@ from .memory import MemoryReport, keep_working_copies, measure
 from .quantization import make_exact_on_cpu, quantization_config
 from .quiet import quiet
 from .siblings import sibling_groups
-from .views import View, kind_of, make_view
+from .views import VIEWS, View, kind_of, make_view
 
 # Keys of a configuration that can name code or compiled kernels to fetch.
 _CODE_KEYS = ("attn_implementation", "experts_implementation", "use_kernels")
@@ -88,7 +88,7 @@ class Base:
 
     def view(self, task_type: str | None = None) -> View:
         """The model as PEFT's `task_type` sees it: same modules, that class's module names, outputs and head slot."""
-        key = task_type if task_type in ("SEQ_CLS", "FEATURE_EXTRACTION") else "default"
+        key = task_type if task_type in VIEWS else "default"
         if key not in self._views:
             self._views[key] = make_view(self.model, self.kind, key, self.pad_id)
         return self._views[key]

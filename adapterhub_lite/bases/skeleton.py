@@ -9,7 +9,7 @@ import torch
 
 from .load import checked_config
 from .quiet import quiet
-from .views import View, kind_of, make_view
+from .views import VIEWS, View, kind_of, make_view
 
 
 def skeleton(folder: Path, task_type: str | None) -> View:
@@ -34,4 +34,4 @@ def skeleton_of(config: dict[str, Any], task_type: str | None) -> View:
     plain = {key: value for key, value in config.items() if key != "model_type"}
     with quiet(), torch.device("meta"):
         model = classes[kind].from_config(AutoConfig.for_model(config["model_type"], **plain), trust_remote_code=False)
-        return make_view(model, kind, task_type if task_type in ("SEQ_CLS", "FEATURE_EXTRACTION") else "default")
+        return make_view(model, kind, task_type if task_type in VIEWS else "default")

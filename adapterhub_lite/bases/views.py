@@ -1,4 +1,4 @@
-"""One set of frozen modules seen as the classes PEFT knows: language model, sequence classifier, bare backbone.
+"""One set of frozen modules seen as the classes PEFT knows: language model, classifier, tagger, bare backbone.
 
 A view shares every module of the base; only the classification head is a slot, filled per row of a batch.
 """
@@ -15,6 +15,9 @@ from torch import nn
 
 from ..errors import AdapterMismatch, Unsupported
 from .heads import HEAD_NAMES as HEAD_NAMES
+
+VIEWS = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+"""Task types of PEFT whose class is not always the one a base is loaded as; all others see it as that one."""
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -148,9 +151,15 @@ class View:
 
 
 def make_view(model: nn.Module, kind: str, task_type: str, pad_id: int = 0) -> View:
-    """The view of `model` for PEFT's `task_type` (SEQ_CLS, FEATURE_EXTRACTION) or its own class ("default")."""
+    """The view of `model` for PEFT's `task_type` (one of `VIEWS`), else as the class it was loaded as.
+
+    Raises:
+        Unsupported: transformers has no such class for this model, or not one whose head we know.
+    """
     if task_type == "FEATURE_EXTRACTION":
         return View(model.base_model, None, "")  # type: ignore[arg-type]
+    if task_type == "TOKEN_CLS":
+        return _tagger_around(model, kind)
     if kind == "encoder":
         return _with_head_slot(model)
     return _classifier_around(model, pad_id) if task_type == "SEQ_CLS" else View(model, None, "")
@@ -172,19 +181,8 @@ def _classifier_around(model: Any, pad_id: int) -> View:
     """A *ForSequenceClassification shell on the meta device whose backbone is the live one."""
     from transformers import AutoModelForSequenceClassification
 
-    config = copy.deepcopy(model.config)
-    config.num_labels = 2
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
     # The class reads each row at its last token that is no padding: it must know what we pad with.
-    config.pad_token_id = pad_id
-    try:
-        with torch.device("meta"):
-            shell = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise Unsupported(
-            f"{type(model).__name__} has no sequence-classification class.", "Use another base."
-        ) from error
+    shell = _shell(AutoModelForSequenceClassification, model, "sequence-classification", pad_token_id=pad_id)
     prefix = shell.base_model_prefix
     if isinstance(getattr(model, prefix, None), nn.Module):
         setattr(shell, prefix, getattr(model, prefix))
@@ -193,6 +191,53 @@ def _classifier_around(model: Any, pad_id: int) -> View:
         for name, _ in list(backbone.named_children()):
             setattr(backbone, name, getattr(model, name))
     return _with_head_slot(shell.eval())
+
+
+def _tagger_around(model: Any, kind: str) -> View:
+    """A *ForTokenClassification shell on the meta device over the live modules: without BERT's pooler, as that class.
+
+    Its head must read the last hidden states as they are, since that is what a mixed batch gives it.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    if kind == "seq2seq":
+        raise Unsupported(f"{type(model).__name__} has no class that labels tokens.", "Use an encoder or causal base.")
+    shell = _shell(AutoModelForTokenClassification, model, "token-classification")
+    backbone, live = shell.base_model, model.base_model
+    head = next((name for name in HEAD_NAMES if isinstance(getattr(shell, name, None), nn.Linear)), None)
+    others = [
+        n for n, part in shell.named_children() if n not in (shell.base_model_prefix, head) and _has_weights(part)
+    ]
+    lacking = [n for n, _ in backbone.named_children() if not isinstance(getattr(live, n, None), nn.Module)]
+    if head is None or others or lacking or type(backbone) is not type(live):
+        raise Unsupported(
+            f"{type(shell).__name__} does more than a linear layer on the last hidden states.", "Use another base."
+        )
+    for name, _ in list(backbone.named_children()):
+        setattr(backbone, name, getattr(live, name))
+    for name, _ in [*backbone.named_parameters(recurse=False), *backbone.named_buffers(recurse=False)]:
+        setattr(backbone, name, getattr(live, name))
+    backbone.config = live.config
+    return _with_head_slot(shell.eval())
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _shell(auto: Any, model: Any, what: str, **settings: Any) -> Any:
+    """A model of transformers' class for a task, with two labels and no weights."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 2
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    for key, value in settings.items():
+        setattr(config, key, value)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except ValueError as error:
+        raise Unsupported(f"{type(model).__name__} has no {what} class.", "Use another base.") from error
 
 
 def _is_output(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:

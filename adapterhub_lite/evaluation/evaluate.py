@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from ..errors import Unsupported
 from ..events import Listener, Progress, ignore
 from ..names import Ref
+from ..runtime.labelling import Input
 from ..runtime.runtime import Runtime
 from ..tasks.classify import Classify
 from ..tasks.rows import Rows
+from ..tasks.tag import Tag
 from ..tasks.task import Task
 
 
@@ -31,7 +33,7 @@ def evaluate(
         Unsupported: the bare base cannot do the task (an encoder has no head).
         DataError: a row lacks a field.
     """
-    texts = task.inputs(rows)
+    texts: Sequence[Input] = task.words(rows) if isinstance(task, Tag) else task.inputs(rows)
     step = runtime.batch_size
     answers: list[str] = []
     title = title or f"evaluating {adapter or 'the base'}"
@@ -42,8 +44,11 @@ def evaluate(
     return Evaluation(dict(task.metrics(rows, answers)), answers)
 
 
-def _answers(runtime: Runtime, task: Task, texts: Sequence[str], adapter: str | Ref | None) -> list[str]:
+def _answers(runtime: Runtime, task: Task, inputs: Sequence[Input], adapter: str | Ref | None) -> list[str]:
     base = runtime.base
+    if isinstance(task, Tag):
+        return [" ".join(word.tag for word in row) for row in runtime.tag(inputs, adapter)]
+    texts = [str(one) for one in inputs]
     if isinstance(task, Classify):
         if base.kind == "encoder":
             if adapter is None:

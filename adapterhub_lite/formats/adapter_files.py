@@ -4,18 +4,20 @@ Tensor names are those PEFT 0.21 writes (`peft.utils.save_and_load`): `base_mode
 in], `.lora_B.weight` [out, rank], `.lora_B.bias` [out], `.lora_embedding_A` [rank, rows], `.lora_embedding_B` [width,
 rank], `.lora_magnitude_vector` [out]; for IA3 `.ia3_l` [out, 1], or [1, in] where the input is scaled; heads of
 `modules_to_save` under the same prefix; for prefix and prompt tuning `prompt_embeddings`, and heads under `base_model.`
-alone.
+alone; for methods that PEFT runs see `formats.injected`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import AdapterMismatch, Unsupported
 from .finite import FLOAT_DTYPES
+from .injected import INDEX_DTYPES, METHODS, is_index, module_of, unsized
 from .safetensors_header import Header, TensorInfo
-from .specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Spec
+from .specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec, PromptSpec, Spec
 
 LORA_PREFIX = "base_model.model."
 PREFIX_HEAD_PREFIX = "base_model."
@@ -88,7 +90,15 @@ class FactoredInventory:
     heads: dict[str, TensorInfo]
 
 
-Inventory = LoraInventory | PrefixInventory | Ia3Inventory | FactoredInventory
+@dataclass(frozen=True, slots=True)
+class InjectedInventory:
+    """What the file of a method that PEFT runs holds: the changed modules, and heads as for LoRA."""
+
+    modules: tuple[str, ...]
+    heads: dict[str, TensorInfo]
+
+
+Inventory = LoraInventory | PrefixInventory | Ia3Inventory | FactoredInventory | InjectedInventory
 
 
 def inventory(spec: Spec, header: Header) -> Inventory:
@@ -102,6 +112,8 @@ def inventory(spec: Spec, header: Header) -> Inventory:
         return lora_inventory(spec, header)
     if isinstance(spec, FactoredSpec):
         return factored_inventory(spec, header)
+    if isinstance(spec, InjectedSpec):
+        return injected_inventory(spec, header)
     return ia3_inventory(spec, header) if isinstance(spec, Ia3Spec) else prefix_inventory(spec, header)
 
 
@@ -164,6 +176,23 @@ def prefix_inventory(spec: PrefixSpec | PromptSpec, header: Header) -> PrefixInv
     return PrefixInventory(prompt, heads)
 
 
+def injected_inventory(spec: InjectedSpec, header: Header) -> InjectedInventory:
+    """`inventory` for a method that PEFT runs; which tensors a module must have is known where PEFT has made it."""
+    heads = _heads(spec.modules_to_save, header, LORA_PREFIX)
+    found = set(header.tensors) - {LORA_PREFIX + head for head in heads}
+    modules = {name: module_of(spec.method, name) for name in found}
+    # PEFT would drop tensors of other modules silently; those tied to an embedding are its own once more.
+    named = bool(spec.target_modules) and METHODS[spec.method].layers != "embedding"
+    strange = {m for m in modules.values() if m and named and not spec.targets(m)}
+    own = {name for name, module in modules.items() if module is not None and module not in strange}
+    _check_names(own, found, len(header.tensors))
+    changed = tuple(sorted({module for module in modules.values() if module}))
+    problems = [] if changed or spec.target_modules else ["nothing says which modules they are for"]
+    wrong = unsized(spec, (header.tensors[name].shape for name in own))
+    _check_values([*problems, *([wrong] if wrong else [])], header, {n for n in own if is_index(spec.method, n)})
+    return InjectedInventory(changed, heads)
+
+
 def lora_names(module: str, kind: Kind, spec: LoraSpec) -> tuple[str, ...]:
     """The tensor names that one adapted module has on disk: A, B, and what DoRA and lora_bias add."""
     stem = LORA_PREFIX + module
@@ -177,6 +206,8 @@ def with_targets(spec: Spec, found: Inventory) -> Spec:
         return replace(spec, target_modules=tuple(sorted(found.modules)))
     if isinstance(spec, FactoredSpec) and isinstance(found, FactoredInventory) and not spec.target_modules:
         return replace(spec, target_modules=tuple(found.factors))
+    if isinstance(spec, InjectedSpec) and isinstance(found, InjectedInventory) and not spec.target_modules:
+        return replace(spec, target_modules=found.modules)
     if isinstance(spec, Ia3Spec) and isinstance(found, Ia3Inventory):
         scaling = tuple(sorted(m for m, info in found.vectors.items() if info.shape[0] == 1 != info.shape[1]))
         if not spec.target_modules or (scaling and not spec.feedforward_modules):
@@ -201,6 +232,8 @@ def facts(spec: Spec, header: Header) -> dict[str, Any]:
         return {"type": "ia3", **counts}
     if isinstance(spec, FactoredSpec):
         return {"type": spec.method.lower(), "rank": spec.rank, "alpha": spec.alpha, **counts}
+    if isinstance(spec, InjectedSpec):
+        return {"type": spec.method.lower(), **counts}
     return {"type": "dora" if spec.use_dora else "lora", "rank": spec.rank, "alpha": spec.alpha, **counts}
 
 
@@ -289,10 +322,12 @@ def _rank_problems(modules: dict[str, ModuleRanks], spec: LoraSpec) -> list[str]
     ]
 
 
-def _check_values(problems: list[str], header: Header) -> None:
-    """Shapes that disagree, and dtypes that are not floating point."""
+def _check_values(problems: list[str], header: Header, indices: Set[str] = frozenset()) -> None:
+    """Shapes that disagree, and dtypes that are not floating point, or, of `indices`, not whole numbers."""
     problems = problems + [
-        f"{name} has dtype {info.dtype}" for name, info in header.tensors.items() if info.dtype not in FLOAT_DTYPES
+        f"{name} has dtype {info.dtype}"
+        for name, info in header.tensors.items()
+        if info.dtype not in (INDEX_DTYPES if name in indices else FLOAT_DTYPES)
     ]
     if problems:
         more = f" ({len(problems)} in all)" if len(problems) > 3 else ""

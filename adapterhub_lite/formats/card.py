@@ -10,12 +10,14 @@ from typing import Any
 
 from ..errors import FormatError
 from .fields import problems_error, shown
+from .injected import METHODS
 from .strict_json import dump, finite_integer, parse_object
 
 SCHEMA = 2
 MAX_EXAMPLES, MAX_ANSWER = 8, 400  # rows of a split, characters of an answer
 MAX_BYTES = 4 << 20
-ADAPTER_TYPES = ("lora", "dora", "adalora", "loha", "lokr", "ia3", "prefix", "prompt")
+_OWN_TYPES = ("lora", "dora", "adalora", "loha", "lokr", "ia3", "prefix", "prompt")
+ADAPTER_TYPES = (*_OWN_TYPES, *(method.lower() for method in METHODS))
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z", re.ASCII)
 
 

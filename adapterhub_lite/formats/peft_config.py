@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from ..errors import FormatError, Unsupported
 from .fields import Fields, boolean, integer, number, optional, shown, text
+from .injected import METHODS, REFUSED, injected_keys, read_injected
 from .peft_fields import MAX_NAMES, alpha, any_object, any_text, common, pattern, target_modules, targets
-from .specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Spec
+from .specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec, PromptSpec, Spec
 from .strict_json import dump, parse_object
 
 __all__ = ["LoraSpec", "PrefixSpec", "Spec", "adapter_config", "adapter_config_bytes", "parse_adapter_config"]
@@ -58,17 +59,21 @@ def parse_adapter_config(data: str | bytes) -> Spec:
 
     Raises:
         FormatError: not PEFT's format, or beyond a limit; all problems of the file at once.
-        Unsupported: a PEFT method other than LoRA (DoRA, rsLoRA), IA3, prefix tuning, prompt tuning and P-tuning.
+        Unsupported: a PEFT method that is neither one with a form of ours nor one that PEFT's layers can run here.
     """
     raw = parse_object(data, _WHAT, limit=MAX_BYTES)
     kind = raw.pop("peft_type", None)
     if kind is None:
         raise _no_type(raw)
     reader = _READERS.get(kind) if isinstance(kind, str) else None
-    if reader is None:
-        hint = f"Supported are {', '.join(_READERS)}; LORA with DoRA and rsLoRA."
-        raise Unsupported(f"{_WHAT}: adapters of type {shown(kind)} are not supported.", hint)
-    return reader(Fields(raw, _WHAT))
+    if reader is not None:
+        return reader(Fields(raw, _WHAT))
+    if isinstance(kind, str) and kind in METHODS:
+        return read_injected(Fields(raw, _WHAT), kind)
+    why = REFUSED.get(kind) if isinstance(kind, str) else None
+    hint = f"Supported are {', '.join((*_READERS, *METHODS))}; LORA with DoRA and rsLoRA."
+    message = f"{_WHAT}: adapters of type {shown(kind)} are not supported"
+    raise Unsupported(f"{message}: {why}." if why else f"{message}.", hint)
 
 
 def adapter_config(spec: Spec) -> dict[str, Any]:
@@ -84,6 +89,8 @@ def adapter_config(spec: Spec) -> dict[str, Any]:
         "revision": spec.revision,
         "task_type": spec.task_type,
     }
+    if isinstance(spec, InjectedSpec) and not METHODS[spec.method].heads:
+        del common["modules_to_save"]
     return dict(sorted({**common, **own}.items()))
 
 
@@ -289,7 +296,7 @@ def _own_keys(spec: Spec) -> dict[str, Any]:
         modules = {"target_modules": spec.target_modules, "feedforward_modules": spec.feedforward_modules}
         named = {key: sorted(names) for key, names in modules.items()}
         return {"fan_in_fan_out": spec.fan_in_fan_out, "init_ia3_weights": True, "peft_type": "IA3", **named}
-    return _front_keys(spec)
+    return injected_keys(spec) if isinstance(spec, InjectedSpec) else _front_keys(spec)
 
 
 def _lora_keys(spec: LoraSpec) -> dict[str, Any]:

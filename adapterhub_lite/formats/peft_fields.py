@@ -67,6 +67,14 @@ def target_modules(value: Any) -> tuple[str, ...]:
     return _module_names(value)
 
 
+def named_modules(value: Any) -> tuple[str, ...]:
+    """The names of a list, or one name; no pattern."""
+    names = (_module_name(value),) if isinstance(value, str) else _module_names(value)
+    if not names:
+        raise ValueError("expected the name of a module")
+    return names
+
+
 _module_names = strings(_module_name, MAX_NAMES)
 alpha = number(0.0, MAX_ALPHA, open_low=True)
 

@@ -163,7 +163,29 @@ class PromptSpec:
         return (self.num_virtual_tokens * self.num_transformer_submodules, self.token_dim)
 
 
-Spec = LoraSpec | FactoredSpec | Ia3Spec | PrefixSpec | PromptSpec
+@dataclass(frozen=True)
+class InjectedSpec:
+    """An adapter of a PEFT method without a form of ours: PEFT's own layers compute with it.
+
+    Attributes:
+        method: PEFT's `peft_type`, one of `formats.injected.METHODS`.
+        options: every other key of the configuration that PEFT builds the layers from, read and in range.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    target_modules: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+
+    def targets(self, module_name: str) -> bool:
+        """Whether the configuration names this module, by its whole path or by whole last components of it."""
+        return _named(module_name, self.target_modules)
+
+
+Spec = LoraSpec | FactoredSpec | Ia3Spec | PrefixSpec | PromptSpec | InjectedSpec
 
 
 def _named(module_name: str, targets: tuple[str, ...]) -> bool:

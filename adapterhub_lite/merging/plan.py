@@ -99,6 +99,7 @@ def _check_options(adapter: Adapter, bake: str, dtype: str) -> None:
             "Ia3Spec": "an IA3 adapter: merging does not know its factors yet",
             "PrefixSpec": "a prefix: keys and values before the text, not a change of weights",
             "PromptSpec": "a prompt: virtual tokens before the text, not a change of weights",
+            "InjectedSpec": "of a method that PEFT's own layers compute: merging does not know what they do to weights",
         }[type(adapter.spec).__name__]
         raise Unsupported(
             f"{adapter.name} is {what}.",
@@ -206,6 +207,12 @@ def _sum(checkpoint: Checkpoint, name: str, bias: torch.Tensor) -> torch.Tensor:
     return checkpoint.read(name).float() + bias
 
 
+def _lacks(modules: Mapping[str, nn.Module], tensor: str, prefix: str) -> bool:
+    """Whether a class has no module for a tensor of the checkpoint, as taggers have none for BERT's pooler."""
+    module = tensor.rpartition(".")[0]
+    return module not in modules and f"{prefix}{module}" not in modules
+
+
 def _add_head(
     shards: dict[str, list[Planned]], head: nn.Module, view: View, config: dict[str, Any], labels: list[str] | None
 ) -> dict[str, Any]:
@@ -214,6 +221,7 @@ def _add_head(
     prefix = f"{getattr(view.model, 'base_model_prefix', '')}."
     for tensors in shards.values():
         tensors[:] = [p for p in tensors if p.name.split(".")[0] not in HEAD_NAMES and p.name != "lm_head.weight"]
+        tensors[:] = [p for p in tensors if not _lacks(modules, p.name, prefix)]
         for i, p in enumerate(tensors):
             if p.name.rpartition(".")[0] not in modules:
                 tensors[i] = Planned(f"{prefix}{p.name}", p.dtype, p.shape, p.make)

@@ -19,6 +19,7 @@ from .schema import (
     LoraAdapter,
     PrefixAdapter,
     Recipe,
+    TagTask,
     Task,
     TrainingConfig,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "LoraAdapter",
     "PrefixAdapter",
     "Recipe",
+    "TagTask",
     "Task",
     "TrainingConfig",
     "check_files",

@@ -81,7 +81,27 @@ class ClassifyTask:
             yield "words", "two labels have the same word."
 
 
-Task = InstructTask | ClassifyTask
+@dataclass(frozen=True)
+class TagTask:
+    """Give each word of a text one of several tags, by a head on an encoder."""
+
+    type: Literal["tag"] = fields.choice("tag", among=("tag",))
+    tokens: str = fields.text("tokens")
+    """Column with the list of words."""
+    tags: str = fields.text("tags")
+    """Column with the list of their tags: B-, I- and O for spans, or any words."""
+    labels: tuple[str, ...] | None = fields.texts(None, least=2)
+    """All tags in their order; None takes those of the training data, sorted."""
+
+    def contradictions(self, given: set[str]) -> Iterator[tuple[str, str]]:
+        """What is wrong between fields, of which `given` were written."""
+        if self.tokens == self.tags:
+            yield "tags", "is the column of the words."
+        if any(len(label.split()) != 1 for label in self.labels or ()):
+            yield "labels", "hold a tag with white space."
+
+
+Task = InstructTask | ClassifyTask | TagTask
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -265,7 +285,7 @@ def _read_typed(at: At, classes: dict[str, type[Any]]) -> Any:
     return read_section(at, cls, foreign=foreign)
 
 
-_TASKS: dict[str, type[Any]] = {"instruct": InstructTask, "classify": ClassifyTask}
+_TASKS: dict[str, type[Any]] = {"instruct": InstructTask, "classify": ClassifyTask, "tag": TagTask}
 _ADAPTERS: dict[str, type[Any]] = {"lora": LoraAdapter, "dora": LoraAdapter, "prefix": PrefixAdapter}
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from ..adapters.fit import Fitted
+from ..adapters.injected import Injected
 from ..adapters.pack import Group, Pack
 from ..bases.inputs import PrefixRows, PromptRows
+from ..errors import Unsupported
 from .lanes import deal
 from .sites import GroupChange, Part
 
@@ -75,6 +77,15 @@ class BatchPlan:
         return found
 
     @property
+    def injected(self) -> Injected | None:
+        """PEFT's layers, which all rows go through; None where they go through the base's own."""
+        return self.rows[0].injected if self.rows and self.rows[0] is not None else None
+
+    def model(self, live: nn.Module) -> nn.Module:
+        """What computes as `live`, a model over the base's modules, for the rows of this batch."""
+        return live if self.injected is None else self.injected.model(live)
+
+    @property
     def heads(self) -> list[nn.Module | None]:
         """The classification head of each row."""
         return [row.head if row else None for row in self.rows]
@@ -102,7 +113,16 @@ class Composer:
         self._remembered = remembered
 
     def compose(self, rows: Sequence[Row], device: torch.device) -> BatchPlan:
-        """One adapter or None a row -> the plan of the batch."""
+        """One adapter or None a row -> the plan of the batch.
+
+        Raises:
+            Unsupported: layers of PEFT, which rows of another adapter cannot go through.
+        """
+        if (
+            any(row is not None and row.injected is not None for row in rows)
+            and len({_digest(row) for row in rows}) > 1
+        ):
+            raise Unsupported("An adapter that PEFT runs has no row beside others.", "Give it a batch of its own.")
         active = {r.digest: r for r in rows if r is not None and _rank(r)}
         classes: dict[int, list[Fitted]] = {}
         for adapter in active.values():
@@ -127,6 +147,10 @@ class Composer:
             return made
         self._stacks.move_to_end(key)
         return self._stacks[key]
+
+
+def _digest(row: Row) -> str | None:
+    return row.digest if row is not None else None
 
 
 def _rank(adapter: Fitted) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +82,9 @@ def measure_fitted(base: Base, fitted: Fitted) -> dict[str, Any]:
     """Mean loss in nats on the probe texts, with the adapter and of the bare base, and how far the logits move.
 
     The loss is the cross-entropy of a language model's next tokens (an encoder-decoder's first decoder tokens). A
-    classifier has no bare counterpart: its loss is the mean -log p of the likeliest label, and its change the spread of
-    the labels' logits between the texts. The adapter need not be resident; whatever is stays as it was.
+    classifier or tagger has no bare counterpart: its loss is the mean -log p of the likeliest label, and its change
+    the spread of the labels' logits between the texts (of a tagger: between their tokens). The adapter need not be
+    resident; whatever is stays as it was.
 
     Raises:
         NoEffect: no logit moves, or one moves to infinity.
@@ -94,11 +95,11 @@ def measure_fitted(base: Base, fitted: Fitted) -> dict[str, Any]:
     adapted = _outputs(base, rows, fitted, fitted)
     figures: dict[str, Any] = {"probe_set": PROBE_SET, "probes": len(rows)}
     if fitted.head is not None:
-        labels = torch.stack(adapted).float()
+        labels = torch.cat([one if one.dim() == 2 else one[None] for one in adapted]).float()
         change = (labels - labels.mean(0)).abs()
         figures["loss"] = -float(labels.log_softmax(-1).amax(-1).mean())
     else:
-        bare = _outputs(base, rows, fitted, None)
+        bare = _outputs(base, rows, fitted, _bare(fitted))
         change = torch.cat([(a.float() - b.float()).abs().flatten() for a, b in zip(adapted, bare, strict=True)])
         targets = [row[:_DECODED] if base.kind == "seq2seq" else row[1:] for row in rows]
         if base.kind != "encoder" and any(targets):
@@ -125,6 +126,11 @@ def compare(recorded: Mapping[str, Any], found: Mapping[str, Any], exact: bool) 
     ]
 
 
+def _bare(fitted: Fitted) -> Fitted | None:
+    """What stands for the bare base: the way that the adapter's rows go, or the rounding of another is its effect."""
+    return None if fitted.injected is None else replace(fitted, injected=fitted.injected.bare())
+
+
 def _check_moves(base: Base, fitted: Fitted, figures: Mapping[str, Any]) -> None:
     if not all(math.isfinite(figures[name]) for name in FIGURES if name in figures):
         raise NoEffect(
@@ -143,7 +149,7 @@ def _outputs(base: Base, rows: list[list[int]], like: Fitted, fitted: Fitted | N
         plan = Composer().compose([fitted] * len(rows), base.device)
         check_lengths(base, plan, rows, 0)
         if like.head is not None:
-            return list(class_logits(base, hooks, plan, rows))
+            return class_logits(base, hooks, plan, rows)
         if base.kind == "encoder":
             return _hidden_states(base, hooks, plan, rows)
         return token_logits(base, hooks, plan, rows, _decoder_rows(rows))
@@ -154,7 +160,7 @@ def _outputs(base: Base, rows: list[list[int]], like: Fitted, fitted: Fitted | N
 def _hidden_states(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[list[int]]) -> list[torch.Tensor]:
     ids, mask = (t.to(base.device) for t in pad_rows(list(rows), base.pad_id, left=False))
     with torch.inference_mode(), hooks.using(plan.sites):
-        model = base.view("FEATURE_EXTRACTION").model
+        model = plan.model(base.view("FEATURE_EXTRACTION").model)
         hidden = model(**encoder_inputs(ids, mask, plan.prefix, base.config)).last_hidden_state
     # Virtual tokens of a prompt come right before the row's own.
     begins = [row.prompt.tokens if row and row.prompt else 0 for row in plan.rows]

@@ -69,7 +69,8 @@ class Decoder:
 
     def knows(self, plan: BatchPlan) -> bool:
         """Whether all layers that a plan changes are layers of this forward."""
-        return all(group in self._groups for row in plan.rows if row is not None for group in row.packs)
+        known = all(group in self._groups for row in plan.rows if row is not None for group in row.packs)
+        return known and plan.injected is None
 
     def new_window(self, rows: int, columns: int) -> Window:
         """An empty window for this base."""

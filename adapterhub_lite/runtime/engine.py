@@ -10,10 +10,11 @@ from typing import Any
 from ..adapters.adapter import WEIGHTS_FILE
 from ..adapters.fit import Fitted
 from ..bases.load import Base
-from ..errors import AdapterHubError, NotFound, Unsupported
+from ..bases.views import VIEWS
+from ..errors import AdapterHubError, NotFound, SlowAdapter, Unsupported
 from ..events import Listener
 from ..formats.safetensors_header import read_header
-from ..formats.specs import PromptSpec
+from ..formats.specs import InjectedSpec, PromptSpec
 from ..names import Ref
 from ..store import Store
 from ..tasks.registry import make_task
@@ -25,6 +26,7 @@ from .mixes import Chosen, MixRef, mix, resolve_mix
 from .remark import remark
 from .sites import SiteHooks
 from .slots import Slots
+from .static_rows import Static
 from .texts import tokenizer_lock
 from .tiers import BoundedComposer, Prefetch, Residence, device_budget, host_tier
 
@@ -41,6 +43,7 @@ class Engine:
         on_event: Listener,
         memory: int | str | None = None,
         host_memory: int | str | None = None,
+        compile: bool = False,
     ) -> None:
         self.base = base
         self.store = store
@@ -48,6 +51,7 @@ class Engine:
         self.slots = Slots(slots, device_budget(memory, base.device))
         self.host = host_tier(host_memory, base.device)
         self.hooks = SiteHooks()
+        self.static = Static(base, compile, on_event)
         self.composer = BoundedComposer(lambda: self.slots.free)
         self.tasks: dict[str, Task | None] = {}
         self._prefetch = Prefetch()
@@ -56,8 +60,9 @@ class Engine:
         self._memo = Memo()
         self._proven: set[str] = set()
         self._remarked: set[str] = set()
+        self._alone: dict[str, bool] = {}  # whether an adapter runs through PEFT, in batches of its own
         self._on_event = on_event
-        self._classified = False
+        self._viewed: set[str | None] = set()  # PEFT's task types of what was fitted here
         self._closed = False
 
     def close(self) -> None:
@@ -127,11 +132,12 @@ class Engine:
             self._forget(out)
         self.composer.trim(self.slots.free - size)
         self.slots.put(fitted)
-        self._classified |= fitted.task_type == "SEQ_CLS"
+        self._say_slow(fitted)
+        self._viewed.add(fitted.task_type)
         self.hooks.cover(fitted.sites)
         if self._closed:  # while it was on its way
             self.hooks.remove()
-        if self.host is not None:
+        if self.host is not None and fitted.injected is None:  # layers of PEFT are bound to the device
             self.host.put(fitted)
 
     def drop(self, ref: Ref) -> bool:
@@ -213,6 +219,25 @@ class Engine:
     def _in_host(self, ref: Ref) -> bool:
         return self.host is not None and str(ref.digest) in self.host
 
+    def _say_slow(self, fitted: Fitted) -> None:
+        """Say once of an adapter that PEFT runs that it is slower."""
+        if self._alone.setdefault(fitted.digest, fitted.injected is not None) and fitted.injected is not None:
+            key = f"{fitted.digest} {fitted.injected.method}"
+            if key not in self._remarked:
+                self._remarked.add(key)
+                text = (
+                    f"{fitted.name} ({fitted.injected.method}) has no form of ours: PEFT's own layers compute with it, "
+                    "in batches of its own. It is slower than other adapters."
+                )
+                remark(text, fitted.digest, self.base, self._on_event, SlowAdapter)
+
+    def _runs_alone(self, ref: Ref) -> bool:
+        """Whether PEFT runs an adapter, which need not be resident for that to be known."""
+        digest = str(ref.digest)
+        if digest not in self._alone and not isinstance(ref, MixRef) and ref.version is not None:
+            self._alone[digest] = isinstance(self.store.spec(ref), InjectedSpec)
+        return self._alone.get(digest, False)
+
     def _forget(self, digest: str) -> None:
         self.composer.forget(digest)
         self._arriving.pop(digest, None)
@@ -222,8 +247,10 @@ class Engine:
         if isinstance(ref, MixRef) or ref.version is None or self._in_host(ref):
             return None
         spec = self.store.spec(ref)
-        # The base itself reads a prompt, and what makes the first view as a classifier is no matter of one thread.
-        if isinstance(spec, PromptSpec) or (spec.task_type == "SEQ_CLS" and not self._classified):
+        # The base itself reads a prompt; PEFT's layers, and the first view as another class, are made by one thread.
+        if isinstance(spec, PromptSpec | InjectedSpec) or (
+            spec.task_type in VIEWS and spec.task_type not in self._viewed
+        ):
             return None
         self.slots.check_room(str(ref.digest), str(ref), self.size(ref))
         return admit(self.store, ref, self.base)
@@ -292,9 +319,11 @@ class Engine:
                 self._sizes[digest] = elements * self.base.dtype.itemsize
         return self._sizes.get(digest, 0)
 
-    def group(self, row: Ref | None) -> int:
-        """Rows of different groups cannot share a batch: an encoder-decoder's prefixes must have one length."""
-        if self.base.kind != "seq2seq" or row is None:
-            return 0
-        prefix = self.fitted(row).prefix
-        return prefix.tokens if prefix else 0
+    def group(self, row: Ref | None) -> tuple[int, str]:
+        """Rows of different groups cannot share a batch.
+
+        An encoder-decoder's prefixes must have one length, and layers of PEFT are those of one adapter.
+        """
+        alone = str(row.digest) if row is not None and self._runs_alone(row) else ""
+        prefix = self.fitted(row).prefix if self.base.kind == "seq2seq" and row is not None else None
+        return (prefix.tokens if prefix else 0, alone)

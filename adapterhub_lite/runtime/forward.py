@@ -8,9 +8,12 @@ import torch
 
 from ..bases.inputs import causal_inputs, encoder_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
-from .batch import BatchPlan
+from ..errors import Unsupported
+from .batch import BatchPlan, Row
 from .decoder import decoder_of
+from .encoder import encoder_of
 from .prefill import read_all
+from .side_by_side import tags_tokens
 from .sites import SiteHooks
 
 
@@ -40,12 +43,30 @@ def token_logits(
         arguments = causal_inputs(ids, mask, plan.prefix, use_cache=False)
         lengths = [len(r) for r in rows]
     with torch.inference_mode(), hooks.using(plan.sites):
-        logits = base.model(**arguments).logits
+        logits = plan.model(base.model)(**arguments).logits
     return [logits[i, :n] for i, n in enumerate(lengths)]
 
 
-def class_logits(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[list[int]]) -> torch.Tensor:
-    """Logits [rows, most labels] of classification heads, -inf where a row's head has fewer labels."""
+def class_logits(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[list[int]]) -> list[torch.Tensor]:
+    """What each row's own head gives: [labels] of a classifier, [tokens, labels] of a tagger; [0] without a head.
+
+    Raises:
+        Unsupported: no row has a head, or a tagger of an encoder-decoder.
+    """
+    if not any(row is not None and row.head is not None for row in plan.rows):
+        raise Unsupported("No row of this batch has a classification head.", "Name an adapter trained to classify.")
+    encoder = encoder_of(base)
+    if encoder is not None and encoder.knows(plan, rows):
+        with torch.inference_mode():
+            return encoder(plan, rows)
+    return model_logits(base, hooks, plan, rows)
+
+
+def model_logits(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[list[int]]) -> list[torch.Tensor]:
+    """`class_logits` through the model's own forward: taggers read its last hidden states beside the pooled path."""
+    tags = [tags_tokens(row) for row in plan.rows]
+    if any(tags) and base.kind == "seq2seq":
+        raise Unsupported("An encoder-decoder has no class that labels tokens.", "Use an encoder or a causal base.")
     view = base.view("SEQ_CLS")
     ids, mask = (t.to(base.device) for t in pad_rows(list(rows), base.pad_id, left=False))
     if base.kind == "encoder":
@@ -54,11 +75,32 @@ def class_logits(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[l
         arguments = causal_inputs(ids, mask, plan.prefix, use_cache=False)
     else:
         arguments = {"input_ids": ids, "attention_mask": mask}
+    pooled = [None if tagger else head for tagger, head in zip(tags, plan.heads, strict=True)]
     assert view.head is not None
-    view.head.assign(plan.heads)
+    view.head.assign(pooled)
     try:
         with torch.inference_mode(), hooks.using(plan.sites):
-            logits: torch.Tensor = view.model(**arguments).logits
+            if any(head is not None for head in pooled):
+                out = plan.model(view.model)(**arguments, output_hidden_states=any(tags))
+                logits, hidden = out.logits, out.hidden_states[-1] if any(tags) else None
+            else:
+                logits, hidden = None, plan.model(base.view("FEATURE_EXTRACTION").model)(**arguments).last_hidden_state
+            counts = [len(row) for row in rows]
+            return [
+                _of_row(row, i, n, logits, hidden) for i, (row, n) in enumerate(zip(plan.rows, counts, strict=True))
+            ]
     finally:
         view.head.assign([])
-    return logits
+
+
+def _of_row(row: Row, i: int, tokens: int, logits: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tensor:
+    if row is None or row.head is None:
+        return torch.empty(0)
+    own = list(row.head.parameters())
+    if tags_tokens(row):
+        assert hidden is not None
+        begin = row.prompt.tokens if row.prompt else 0  # virtual tokens come right before the row's own
+        made: torch.Tensor = row.head(hidden[i, begin : begin + tokens].to(own[0].dtype))
+        return made
+    assert logits is not None
+    return logits[i, : own[-1].shape[0]]

@@ -14,13 +14,14 @@ from ..bases.inputs import causal_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
 from ..errors import NoEffect, Unsupported
 from .batch import BatchPlan
-from .changes import NativeChanges, changes_of
+from .changes import Changes, NativeChanges, changes_of
 from .decoder import Decoder, decoder_of
 from .engine import Engine
 from .prefill import prefill
 from .prompting import position_limit
 from .requests import Request
 from .sampling import choose
+from .static_rows import Static, StaticFailed, StaticRows
 
 # A batch is cut to its unfinished rows when at least this share of it has finished: cutting copies the cache.
 _COMPACT_AT = 0.25
@@ -45,7 +46,8 @@ class Batch:
         self._decoder = decoder
         self._ends = end_tokens(engine.base)
         self._plan = self._compose(self.rows)
-        self._loop = _loop(self._base, decoder, self._plan, [[*row.prompt, *row.tokens] for row in self.rows])
+        prompts = [[*row.prompt, *row.tokens] for row in self.rows]
+        self._loop = _loop(self._base, decoder, self._plan, prompts, engine.static)
         self._room = [_room(self._base, row) for row in self.rows]
         self._tokens: torch.Tensor | None = None
 
@@ -157,20 +159,22 @@ class _Loop(Protocol):
         ...
 
 
-def _loop(base: Base, decoder: Decoder | None, plan: BatchPlan, prompts: list[list[int]]) -> _Loop:
+def _loop(base: Base, decoder: Decoder | None, plan: BatchPlan, prompts: list[list[int]], static: Static) -> _Loop:
     if decoder is not None:
-        return _WindowLoop(decoder, plan, prompts)
+        return _WindowLoop(decoder, plan, prompts, static)
     return (_Seq2SeqLoop if base.kind == "seq2seq" else _CausalLoop)(base, plan, prompts)
 
 
 class _WindowLoop:
-    """Decode state of a forward of our own: window, next positions [rows]."""
+    """Decode state of a forward of our own: window and next positions [rows], or places of captured steps."""
 
     hooked = False
 
-    def __init__(self, decoder: Decoder, plan: BatchPlan, prompts: list[list[int]]) -> None:
+    def __init__(self, decoder: Decoder, plan: BatchPlan, prompts: list[list[int]], static: Static) -> None:
         self._decoder, self._plan, self._prompts = decoder, plan, prompts
-        self._changes = changes_of(decoder.base, plan)
+        self._static: Static | None = static
+        self._places: StaticRows | None = None
+        self._changes: Changes | None = None
 
     def step(self) -> torch.Tensor:
         """Logits [rows, vocabulary] of the next token."""
@@ -178,6 +182,14 @@ class _WindowLoop:
             logits, self._window, self._positions = prefill(self._decoder, self._prompts, self._plan)
             self._prompts = []
             return logits
+        if self._places is not None:
+            try:
+                return self._places.step(self._tokens)
+            except StaticFailed as error:
+                self._give_up(error)
+        self._window.extend()
+        if self._changes is None:
+            self._changes = changes_of(self._decoder.base, self._plan)
         logits = self._decoder.step(self._tokens, self._positions, self._window, self._changes)
         self._positions = self._positions + 1
         return logits
@@ -185,19 +197,63 @@ class _WindowLoop:
     def append(self, tokens: torch.Tensor) -> None:
         """Go on with these tokens [rows]."""
         self._tokens = tokens
-        self._window.extend()
+        if self._static is not None and self._places is None:
+            self._sit_down(self._static)
 
     def select(self, keep: list[int], plan: BatchPlan) -> None:
         """Go on with these rows only."""
+        self._plan, self._changes = plan, None
+        if self._places is not None:
+            try:
+                self._places.keep(keep)
+                return
+            except StaticFailed as error:  # the rows that left have left
+                self._give_up(error)
+                return
         self._window.select(keep)
         self._positions = self._positions[keep]
-        self._changes = changes_of(self._decoder.base, plan)
 
     def join(self, other: _WindowLoop, plan: BatchPlan) -> None:
         """Take in the rows of another loop, after these; `plan` is that of all."""
+        if other._places is not None:
+            other.stand_up()
+        self._plan, self._changes = plan, None
+        if self._places is not None:
+            rows = plan.rows[-other._window.rows :]
+            try:
+                self._places.enter(other._window, other._positions, rows)
+                return
+            except StaticFailed as error:
+                self._give_up(error)
         self._window.join(other._window)
         self._positions = torch.cat([self._positions, other._positions])
-        self._changes = changes_of(self._decoder.base, plan)
+
+    def stand_up(self) -> None:
+        """Leave the places of captured steps for good: another batch takes them."""
+        assert self._places is not None
+        self._window, self._positions = self._places.leave()
+        self._places = self._static = None
+
+    def _sit_down(self, static: Static) -> None:
+        """Go on in captured steps, where there are any."""
+        places = static.rows(self._decoder)
+        if places is None:
+            self._static = None
+            return
+        try:
+            places.seat(self, self._window, self._positions, self._plan.rows)
+        except StaticFailed as error:
+            self._static = None
+            static.give_up(error)
+            return
+        self._places = places
+        del self._window, self._positions
+
+    def _give_up(self, error: StaticFailed) -> None:
+        static = self._static
+        self.stand_up()
+        if static is not None:
+            static.give_up(error)
 
 
 class _CausalLoop:
@@ -207,7 +263,7 @@ class _CausalLoop:
 
     def __init__(self, base: Base, plan: BatchPlan, prompts: list[list[int]]) -> None:
         ids, mask = (t.to(base.device) for t in pad_rows(prompts, base.pad_id, left=True))
-        self._model, self._device = base.model, base.device
+        self._model, self._device = plan.model(base.model), base.device
         self._inputs = causal_inputs(ids, mask, plan.prefix, use_cache=True)
         self._inputs["logits_to_keep"] = 1
 
@@ -239,7 +295,7 @@ class _Seq2SeqLoop:
     def __init__(self, base: Base, plan: BatchPlan, prompts: list[list[int]]) -> None:
         ids, mask = (t.to(base.device) for t in pad_rows(prompts, base.pad_id, left=False))
         start = torch.full((len(prompts), 1), base.config.decoder_start_token_id, device=base.device)
-        self._model: Any = base.model
+        self._model: Any = plan.model(base.model)
         self._device = base.device
         self._inputs = seq2seq_inputs(ids, mask, start, plan.prefix, use_cache=True)
 

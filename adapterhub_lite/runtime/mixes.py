@@ -111,11 +111,16 @@ def mix(ref: MixRef, members: Sequence[Fitted], groups: Iterable[Group]) -> Fitt
     1, from one member at most. A prefix or prompt comes along as what it is in the bare base.
 
     Raises:
-        Unsupported: two heads, two prefixes, or one of a weight other than 1; changes of a layer that do not add up.
+        Unsupported: two heads, two prefixes, or one of a weight other than 1; changes of a layer that do not add up; an
+            adapter that PEFT runs.
         AdapterMismatch: a weight makes infinity of a tensor.
     """
     named = zip(members, (weight for _, weight in ref.members), strict=True)
     weighted = sorted(named, key=lambda part: part[0].digest)  # the order decides how sums are rounded
+    for fitted in members:
+        if fitted.injected is not None:
+            message = f"{ref}: {fitted.name} ({fitted.injected.method}) is computed by PEFT's own layers"
+            raise Unsupported(f"{message}, which have no weight in a mix.", "Mix adapters that have a form of ours.")
     headed = _whole(ref, weighted, "a classification head", lambda fitted: fitted.head is not None)
     fronted = _whole(ref, weighted, "virtual tokens (a prefix or prompt)", lambda fitted: fitted.virtual_tokens > 0)
     by_module: dict[nn.Module, list[tuple[LoraSite, float]]] = {}

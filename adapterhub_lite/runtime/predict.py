@@ -22,6 +22,21 @@ class Prediction:
     scores: dict[str, float]
 
 
+@dataclass(frozen=True)
+class TaggedWord:
+    """A word with its likeliest tag and that tag's score.
+
+    Attributes:
+        start, end: where the word is in the text; in the words joined by single spaces, if a list of words was given.
+    """
+
+    word: str
+    tag: str
+    score: float
+    start: int
+    end: int
+
+
 def from_logits(logits: torch.Tensor, labels: Sequence[str]) -> Prediction:
     """logits [labels] -> a prediction."""
     probabilities = logits[: len(labels)].float().softmax(-1).tolist()

@@ -32,10 +32,16 @@ def class_ids(base: Base, text: str, task: Task | None, virtual: int) -> list[in
     Args:
         virtual: virtual tokens of the adapter, which need positions too.
     """
-    limit = (position_limit(base) or 512) - virtual
+    limit = class_limit(base, task, virtual)
     if task is None:
         return list(base.tokenizer(text, truncation=True, max_length=limit)["input_ids"])
-    return task.encode(text, base.tokenizer, "encoder", min(limit, int(task.config.get("max_length") or limit)))
+    return task.encode(text, base.tokenizer, "encoder", limit)
+
+
+def class_limit(base: Base, task: Task | None, virtual: int) -> int:
+    """Most tokens of a text for a head: what the base's positions and the task leave beside `virtual` ones."""
+    limit = (position_limit(base) or 512) - virtual
+    return min(limit, int(task.config.get("max_length") or limit)) if task is not None else limit
 
 
 def position_limit(base: Base) -> int | None:

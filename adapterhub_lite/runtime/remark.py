@@ -1,4 +1,4 @@
-"""Say that a base is not exactly an adapter's own: to whoever listens, else as a Python warning."""
+"""Say that a base is not exactly an adapter's own, or how it is served: to who listens, else as a Python warning."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..errors import BaseDiffers
 from ..events import Listener, Note, ignore
 
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
-_warned: set[tuple[str, str, str]] = set()
-"""Adapter, base and dtype of what this process was warned of."""
+_warned: set[tuple[str, str, str, type[Warning]]] = set()
+"""Adapter, base, dtype and kind of what this process was warned of."""
 _held: ContextVar[list[Callable[[], None]] | None] = ContextVar("held", default=None)
 
 
-def remark(text: str, digest: str, base: Base, on_event: Listener) -> None:
+def remark(text: str, digest: str, base: Base, on_event: Listener, category: type[Warning] = BaseDiffers) -> None:
     """Give `text` to a listener as a Note; without one, warn of the adapter with this digest once on this base."""
     if on_event is not ignore:
         on_event(Note(text, "warning"))
         return
-    pair = (digest, base.fingerprint.digest, base.choices["dtype"].value)
-    if pair not in _warned:
-        _warned.add(pair)
+    seen = (digest, base.fingerprint.digest, base.choices["dtype"].value, category)
+    if seen not in _warned:
+        _warned.add(seen)
         held = _held.get()
         if held is None:
-            _warn(text)
+            _warn(text, category)
         else:
-            held.append(partial(_warn, text))
+            held.append(partial(_warn, text, category))
 
 
 @contextlib.contextmanager
@@ -46,8 +46,8 @@ def held_back(warns: list[Callable[[], None]]) -> Iterator[None]:
         _held.reset(token)
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, BaseDiffers, stacklevel=_caller())
+def _warn(text: str, category: type[Warning]) -> None:
+    warnings.warn(text, category, stacklevel=_caller())
 
 
 def _caller() -> int:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from ..adapters.adapter import Adapter
 from ..bases.load import Base
@@ -17,26 +14,21 @@ from ..errors import Unsupported
 from ..events import Listener, ignore
 from ..names import Ref
 from ..store import Store
-from ..tasks.classify import Classify
 from ..tasks.prompts import Message, chat_ids
 from ..tasks.task import Task
 from .admit import fit_to_base
 from .engine import Engine
-from .forward import class_logits, token_logits
-from .labelling import label, score_words
+from .labels import DEFAULT, Labels
 from .mixes import Chosen
 from .owner import Owner
-from .predict import Prediction
-from .prompting import check_lengths, question_ids, raw_ids
+from .prompting import question_ids, raw_ids
 from .requests import Answer, Call, Samplings, Stop, requests
 from .residents import Residents
 from .sampling import Sampling
 from .texts import tokenizer_lock
 
-_DEFAULT: Any = object()
 
-
-class Runtime(Residents):
+class Runtime(Residents, Labels):
     """Serves a base with any of a store's adapters, switched and mixed freely.
 
     Args:
@@ -45,6 +37,9 @@ class Runtime(Residents):
         host_memory: on a device with memory of its own, most bytes of adapters kept in the host's, to come back from
             there instead of from the disk; left out, half of what is free. A CPU is its own host.
         batch_size: most rows that run at a time; the others wait for a place.
+        compile: write texts by steps that torch.compile makes, where the base has a forward of our own. The first step
+            of each size takes long (`static_size`); adapters are switched without another one. Left out, a CUDA device
+            uses CUDA graphs, unless AHL_CUDA_GRAPHS is 0.
 
     Calls may come from any thread. Texts of all callers are written by one thread, in one running batch where the base
     has a forward of our own (`scheduler`); it and every other call take the base's lock in turn, whichever runtime they
@@ -61,9 +56,10 @@ class Runtime(Residents):
         *,
         memory: int | str | None = None,
         host_memory: int | str | None = None,
+        compile: bool = False,
     ) -> None:
         some = store if store is not None else Store()
-        self._engine = Engine(base, some, slots, batch_size, on_event, memory, host_memory)
+        self._engine = Engine(base, some, slots, batch_size, on_event, memory, host_memory, compile)
         self._owner = Owner(self._engine)
         # A runtime that is dropped without close() leaves no hook and no thread.
         weakref.finalize(self, _end, self._owner, self._engine)
@@ -133,7 +129,7 @@ class Runtime(Residents):
     def generate(
         self,
         prompts: str | Sequence[str],
-        adapters: Chosen | Sequence[Chosen] = _DEFAULT,
+        adapters: Chosen | Sequence[Chosen] = DEFAULT,
         *,
         max_new_tokens: int | Sequence[int] = 64,
         stop: Stop = (),
@@ -157,7 +153,7 @@ class Runtime(Residents):
     def answer(
         self,
         questions: str | Sequence[str],
-        adapters: Chosen | Sequence[Chosen] = _DEFAULT,
+        adapters: Chosen | Sequence[Chosen] = DEFAULT,
         *,
         max_new_tokens: int | Sequence[int] = 64,
         stop: Stop = (),
@@ -172,7 +168,7 @@ class Runtime(Residents):
     def chat(
         self,
         messages: Sequence[Message],
-        adapter: Chosen = _DEFAULT,
+        adapter: Chosen = DEFAULT,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -185,7 +181,7 @@ class Runtime(Residents):
     def stream(
         self,
         prompt: str | Sequence[Message],
-        adapter: Chosen = _DEFAULT,
+        adapter: Chosen = DEFAULT,
         *,
         raw: bool = False,
         max_new_tokens: int = 256,
@@ -205,7 +201,7 @@ class Runtime(Residents):
     def submit(
         self,
         prompt: str | Sequence[Message],
-        adapter: Chosen = _DEFAULT,
+        adapter: Chosen = DEFAULT,
         *,
         raw: bool = False,
         max_new_tokens: int = 256,
@@ -233,70 +229,11 @@ class Runtime(Residents):
         """`generate` for prompts that are token ids already."""
         return self._ask(prompts, self._rows(adapters, len(prompts)), max_new_tokens, stop, sampling).texts()
 
-    # -- labels --------------------------------------------------------------------------------------------------
-
-    def predict(self, texts: str | Sequence[str], adapters: Chosen | Sequence[Chosen] = _DEFAULT) -> list[Prediction]:
-        """Labels with scores, for adapters trained to classify.
-
-        Raises:
-            Unsupported: a row without adapter, or whose adapter has no labels.
-        """
-        items = [texts] if isinstance(texts, str) else list(texts)
-        rows = self._rows(adapters, len(items))
-        with self._lock:
-            return label(self._engine, items, rows)
-
-    def score_words(self, texts: Sequence[str], task: Classify, adapter: Chosen = None) -> list[Prediction]:
-        """Labels by label words for any task on a causal base, also without an adapter (to compare with)."""
-        row = self._engine.resolve(adapter)
-        with self._lock:
-            return score_words(self._engine, texts, [row] * len(texts), [task] * len(texts))
-
-    def logits(
-        self,
-        rows: Sequence[list[int]],
-        adapters: Chosen | Sequence[Chosen] = _DEFAULT,
-        decoder_rows: Sequence[list[int]] | None = None,
-    ) -> list[torch.Tensor]:
-        """Raw logits for token ids: [tokens, vocabulary] a row, or [labels] for adapters with a head."""
-        chosen = self._rows(adapters, len(rows))
-        found: dict[int, torch.Tensor] = {}
-        with self._lock:
-            heads = [r is not None and self._engine.fitted(r).head is not None for r in chosen]
-            for with_head in (True, False):
-                part = [i for i, head in enumerate(heads) if head == with_head]
-                if part:
-                    given = [decoder_rows[i] for i in part] if decoder_rows is not None else None
-                    found |= dict(zip(part, self._logits([rows[i] for i in part], chosen, part, given), strict=True))
-        return [found[i] for i in range(len(rows))]
-
     def task(self, ref: str | Ref) -> Task | None:
         """The task a stored adapter was trained for, if its card says."""
         return self._engine.task(ref)
 
     # -- inside --------------------------------------------------------------------------------------------------
-
-    def _one(self, adapter: Chosen) -> Chosen:
-        return self._default if adapter is _DEFAULT else adapter
-
-    def _rows(self, adapters: Chosen | Sequence[Chosen], count: int) -> list[Ref | None]:
-        adapters = self._one(adapters)  # type: ignore[arg-type]
-        if adapters is None or isinstance(adapters, str | Ref | Mapping):
-            return [self._engine.resolve(adapters)] * count
-        if not isinstance(adapters, list | tuple):
-            raise Unsupported(f"{type(adapters).__name__} gives the adapters no order.", "Give a list, one a row.")
-        if len(adapters) != count:
-            raise Unsupported(f"{len(adapters)} adapters for {count} rows.", "Give one adapter a row, or a single one.")
-        return self._engine.resolve_all(adapters)
-
-    def _logits(
-        self, rows: list[list[int]], chosen: list[Ref | None], part: list[int], decoder_rows: list[list[int]] | None
-    ) -> list[torch.Tensor]:
-        with self._engine.plan([chosen[i] for i in part]) as plan:
-            check_lengths(self.base, plan, rows, 0)
-            if plan.rows[0] is not None and plan.rows[0].head is not None:
-                return list(class_logits(self.base, self._engine.hooks, plan, rows))
-            return token_logits(self.base, self._engine.hooks, plan, rows, decoder_rows)
 
     def _question_ids(self, text: str, row: Ref | None) -> list[int]:
         task = self.task(row) if row is not None else None
@@ -314,7 +251,7 @@ class Runtime(Residents):
     ) -> Call:
         self._owner.check_open()
         if self.base.kind == "encoder":
-            raise Unsupported(f"{self.base.name} is an encoder: it writes no text.", "Use predict() or logits().")
+            raise Unsupported(f"{self.base.name} is an encoder: it writes no text.", "Use label() or logits().")
         call = Call(streams)
         distinct = {row.digest: row for row in rows if row is not None}
         made = requests(call, self.base, prompts, rows, most, stop, sampling)

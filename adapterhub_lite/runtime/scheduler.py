@@ -89,7 +89,8 @@ class Scheduler:
         for row, ours in self._admitted(self._engine.batch_size - len(self.running)):
             # An encoder-decoder has one prefix length a batch.
             virtual = row.fitted.prefix.tokens if row.fitted and row.fitted.prefix else 0
-            groups.setdefault(None if ours else (id(row.call), virtual), []).append(row)
+            alone = row.fitted.digest if row.fitted and row.fitted.injected else ""
+            groups.setdefault(None if ours else (id(row.call), virtual, alone), []).append(row)
         for rows in groups.values():
             rows.sort(key=lambda row: row.fitted.digest if row.fitted else "")  # neighbours of one adapter are faster
             self._begin(rows)

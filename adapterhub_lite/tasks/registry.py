@@ -8,11 +8,13 @@ from typing import Any
 from ..errors import Unsupported
 from .classify import Classify
 from .instruct import Instruct
+from .tag import Tag
 from .task import Task
 
-TASKS: dict[str, type[Instruct] | type[Classify]] = {
+TASKS: dict[str, type[Instruct] | type[Classify] | type[Tag]] = {
     "instruct": Instruct,
     "classify": Classify,
+    "tag": Tag,
 }
 
 

@@ -18,7 +18,7 @@ class Example:
     Attributes:
         ids: input tokens (for a causal base: prompt and completion).
         labels: same length for a causal base, IGNORED where no loss is; the completion for an encoder-decoder;
-            one class index for an encoder.
+            for an encoder one class index, or in a tagger's example one a token, IGNORED within words.
     """
 
     ids: list[int]

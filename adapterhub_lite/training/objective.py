@@ -45,16 +45,17 @@ class Objective(Protocol):
         ...
 
 
-def make_objective(base: Base, head: nn.Module | None, adapts_output: bool) -> Objective:
+def make_objective(base: Base, head: nn.Module | None, adapts_output: bool, task_type: str | None = None) -> Objective:
     """The objective for a base of this kind.
 
     Args:
-        head: the classification head being trained, for encoders.
+        head: the head being trained, for encoders.
         adapts_output: the adapter changes the output layer, which then has to run as it is.
+        task_type: PEFT's; TOKEN_CLS makes the head of an encoder one that labels tokens.
     """
     if base.kind == "encoder":
         assert head is not None
-        return _Classification(base, head)
+        return _Tagging(base, head) if task_type == "TOKEN_CLS" else _Classification(base, head)
     chunked = not adapts_output and _output_layer_is_plain(base)
     return _LanguageModel(base, chunked)
 
@@ -132,31 +133,50 @@ class _LanguageModel:
 
 
 class _Classification:
-    """Encoders with a head."""
+    """Encoders with a head that labels texts."""
+
+    chunked = False
+    task_type = "SEQ_CLS"
 
     def __init__(self, base: Base, head: nn.Module) -> None:
         self._base = base
         self._head = head
-        self.chunked = False
+        self._view = base.view(self.task_type)
 
     def train(self, mode: bool) -> None:
         """Dropout of the base and of the head."""
-        self._base.view("SEQ_CLS").model.train(mode)
+        self._view.model.train(mode)
         self._head.train(mode)
 
     def __call__(self, adapter: Trainable, batch: Sequence[Example]) -> BatchLoss:
         base = self._base
-        view = base.view("SEQ_CLS")
-        assert view.head is not None
+        slot = self._view.head
+        assert slot is not None
         ids, mask = (t.to(base.device) for t in pad_rows([e.ids for e in batch], base.pad_id, left=False))
-        wanted = torch.tensor([e.labels[0] for e in batch], device=base.device)
-        view.head.assign([self._head] * len(batch))
+        inputs = encoder_inputs(ids, mask, adapter.prefix(len(batch), base.dtype), base.config)
+        slot.assign([self._head] * len(batch))
         try:
-            logits = view.model(**encoder_inputs(ids, mask, adapter.prefix(len(batch), base.dtype), base.config)).logits
+            logits, wanted = self._supervised(self._view.model(**inputs).logits, batch)
         finally:
-            view.head.assign([])
+            slot.assign([])
         hits = int((logits.argmax(-1) == wanted).sum())
-        return BatchLoss(_cross_entropy(logits, wanted), len(batch), int(mask.sum()), hits)
+        return BatchLoss(_cross_entropy(logits, wanted), len(wanted), int(mask.sum()), hits)
+
+    def _supervised(self, logits: torch.Tensor, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [items, labels] of what has a label, and the labels [items]."""
+        return logits, torch.tensor([e.labels[0] for e in batch], device=logits.device)
+
+
+class _Tagging(_Classification):
+    """Encoders with a head that labels tokens, of which the first of each word counts."""
+
+    task_type = "TOKEN_CLS"
+
+    def _supervised(self, logits: torch.Tensor, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        labels, _ = pad_rows([e.labels for e in batch], IGNORED, left=False)
+        labels = labels.to(logits.device)
+        keep = labels != IGNORED
+        return logits[keep], labels[keep]
 
 
 def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

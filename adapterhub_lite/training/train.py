@@ -14,10 +14,11 @@ from ..adapters.prefix import FittedPrefix, join_prefix, prefix_shape
 from ..adapters.sites import select_sites
 from ..bases.load import Base
 from ..bases.quiet import quiet
+from ..bases.views import View
 from ..errors import Unsupported
 from ..events import Listener, ignore
 from ..formats.peft_config import LoraSpec, PrefixSpec
-from ..recipe.schema import LoraAdapter, PrefixAdapter, Recipe
+from ..recipe.schema import LoraAdapter, PrefixAdapter, Recipe, TagTask
 from ..tasks.task import Example
 from .loop import History, run_loop
 from .objective import make_objective
@@ -47,7 +48,7 @@ def train_adapter(
     """Train the adapter that `recipe` describes on `base`.
 
     Args:
-        labels: number of classes, for encoders.
+        labels: number of classes, for encoders (that classify or tag, as the recipe's task says).
         start_text: what a text-initialised prefix starts from when the recipe names no text.
 
     Raises:
@@ -58,11 +59,12 @@ def train_adapter(
     generator = torch.Generator().manual_seed(seed)
     with base.training(), torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
+        task_type = _task_type(recipe, base)
         adapter = _new_trainable(recipe, base, generator, start_text)
-        head = _new_head(base, labels, generator)
+        head = _new_head(base, task_type, labels, generator)
         output = base.model.get_output_embeddings() if base.kind != "encoder" else None  # type: ignore[operator]
         adapts_output = isinstance(adapter, TrainableLora) and any(s.module is output for s in adapter.sites.values())
-        objective = make_objective(base, head, adapts_output)
+        objective = make_objective(base, head, adapts_output, task_type)
         parameters = [*adapter.parameters(), *(head.parameters() if head else ())]
         try:
             # An encoder trains with its own dropout, as its makers and PEFT with Trainer do.
@@ -73,15 +75,21 @@ def train_adapter(
             objective.train(False)
     tensors = {k: v.clone() for k, v in adapter.tensors().items()}
     if head is not None:
-        name = base.view("SEQ_CLS").head_name
+        name = base.view(task_type).head_name
         tensors |= {f"{adapter.head_prefix}{name}.{k}": v.detach().clone() for k, v in head.state_dict().items()}
     return Trained(Adapter(adapter.spec, tensors, name=recipe.name), history)
 
 
+def _task_type(recipe: Recipe, base: Base) -> str:
+    """PEFT's name for the class that the adapter is trained in."""
+    return "TOKEN_CLS" if isinstance(recipe.task, TagTask) else _TASK_TYPES[base.kind]
+
+
 def _new_trainable(recipe: Recipe, base: Base, generator: torch.Generator, start_text: str) -> Trainable:
-    heads = (base.view("SEQ_CLS").head_name,) if base.kind == "encoder" else ()
+    task_type = _task_type(recipe, base)
+    heads = (base.view(task_type).head_name,) if base.kind == "encoder" else ()
     common: dict[str, Any] = {
-        "task_type": _TASK_TYPES[base.kind],
+        "task_type": task_type,
         "base_model": base.name,
         "revision": base.source.revision,
         "modules_to_save": heads,
@@ -93,11 +101,12 @@ def _new_trainable(recipe: Recipe, base: Base, generator: torch.Generator, start
 
 def _new_lora(config: LoraAdapter, base: Base, common: dict[str, Any], generator: torch.Generator) -> TrainableLora:
     output = base.model.get_output_embeddings() if base.kind != "encoder" else None  # type: ignore[operator]
-    sites = select_sites(base.view().modules, config.targets, output)
+    view = base.view(common["task_type"])
+    sites = select_sites(view.modules, config.targets, output)
     spec = LoraSpec(
         rank=config.rank,
         alpha=config.alpha,
-        target_modules=tuple(sorted({_suffix(name, sites, base) for name in sites})),
+        target_modules=tuple(sorted({_suffix(name, sites, view) for name in sites})),
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
         use_rslora=config.rslora,
@@ -108,10 +117,9 @@ def _new_lora(config: LoraAdapter, base: Base, common: dict[str, Any], generator
     return TrainableLora(spec, sites, generator)
 
 
-def _suffix(name: str, sites: dict[str, nn.Module], base: Base) -> str:
+def _suffix(name: str, sites: dict[str, nn.Module], view: View) -> str:
     """The shortest end of a module's name that names no module outside the chosen ones, so that PEFT finds the same."""
     parts = name.split(".")
-    view = base.view()
     inside_head = [f"{view.head_name}.{key.rpartition('.')[0]}" for key in view.head.shapes()] if view.head else []
     others = [n for n in view.modules if n not in sites] + inside_head
     for length in range(1, len(parts) + 1):
@@ -164,10 +172,10 @@ def prefix_of_text(base: Base, text: str, tokens: int) -> torch.Tensor:
     return join_prefix(FittedPrefix(keys, values)).float()
 
 
-def _new_head(base: Base, labels: int, generator: torch.Generator) -> nn.Module | None:
+def _new_head(base: Base, task_type: str, labels: int, generator: torch.Generator) -> nn.Module | None:
     if base.kind != "encoder":
         return None
-    slot = base.view("SEQ_CLS").head
+    slot = base.view(task_type).head
     assert slot is not None
     tensors = slot.fresh(labels, generator, getattr(base.config, "initializer_range", 0.02))
     head = slot.build(tensors).to(base.device)

@@ -21,6 +21,7 @@ from ..store import Store
 from ..tasks.classify import Classify
 from ..tasks.registry import make_task
 from ..tasks.rows import Rows
+from ..tasks.tag import Tag
 from ..tasks.task import Task
 from .data import split_rows
 from .difference import Answers, Change, ChangedAnswer, DataChange, Difference, MetricChange, Side
@@ -194,13 +195,15 @@ def _explained(changed: tuple[int, str, str], rows: Rows | None, card: Card) -> 
     row = Rows((rows[index],), (rows.lines[index],), rows.source, rows.sha256, rows.is_file)
     try:
         task = make_task(card.task)
-        return ChangedAnswer(index, a, b, task.inputs(row)[0], str(row.field(0, _answer_field(task))))
+        return ChangedAnswer(index, a, b, task.inputs(row)[0], _expected(task, row))
     except AdapterHubError:  # the task is not known, or the rows are not as it needs them
         return ChangedAnswer(index, a, b)
 
 
-def _answer_field(task: Task) -> str:
-    return str(task.config["label" if isinstance(task, Classify) else "completion"])
+def _expected(task: Task, row: Rows) -> str:
+    if isinstance(task, Tag):
+        return " ".join(task.expected(row, 0))
+    return str(row.field(0, task.config["label" if isinstance(task, Classify) else "completion"]))
 
 
 def _answered(

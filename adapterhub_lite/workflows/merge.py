@@ -25,11 +25,13 @@ from ..runtime.runtime import Runtime
 from ..store import Store
 from ..tasks.classify import Classify
 from ..tasks.registry import make_task
+from ..tasks.tag import Tag
 from .data import split_rows
 from .own_base import load_own_base
 
 _PROBE_ROWS = 24
 _PROBE_TOKENS = 256
+_HEADED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def merge(
@@ -113,13 +115,13 @@ def _plan(store: Store, ref: Ref, card: Card, runtime: Runtime, bake: str, dtype
             quantization=card.base.get("quantization") or base.quantization,
             bake=bake,
             dtype=dtype,
-            labels=task.labels if isinstance(task, Classify) else None,
+            labels=task.labels if isinstance(task, Classify | Tag) else None,
         )
 
 
 def _effect(runtime: Runtime, ref: Ref, card: Card) -> float | None:
-    """How far the bare base is from base + adapter; None for classifiers, which the bare base is not."""
-    if runtime.store.spec(ref).task_type == "SEQ_CLS":
+    """How far the bare base is from base + adapter; None for classifiers and taggers, which the bare base is not."""
+    if runtime.store.spec(ref).task_type in _HEADED:
         return None
     rows = probe_rows(runtime.base, card)
     adapted, bare = (runtime.logits(rows, r, _decoder_rows(runtime.base, rows)) for r in (ref, None))
@@ -155,12 +157,21 @@ def probe_rows(base: Base, card: Card) -> list[list[int]]:
 
 
 def plain_logits(folder: Path, base: Base, rows: list[list[int]], task_type: str | None) -> list[torch.Tensor]:
-    """Logits of a checkpoint folder by plain transformers: [tokens, vocabulary] or [labels] a row."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    """Logits of a checkpoint folder by plain transformers: [tokens, vocabulary or labels] or [labels] a row."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     classifies = task_type == "SEQ_CLS"
     kind: Any = AutoModelForSeq2SeqLM if base.kind == "seq2seq" else AutoModelForCausalLM
-    loader: Any = AutoModelForSequenceClassification if classifies else kind
+    headed: dict[str | None, Any] = {
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "TOKEN_CLS": AutoModelForTokenClassification,
+    }
+    loader: Any = headed.get(task_type, kind)
     model = loader.from_pretrained(folder, dtype=base.dtype, use_safetensors=True, local_files_only=True)
     model = model.to(base.device).eval()
     if classifies and model.config.pad_token_id is None:

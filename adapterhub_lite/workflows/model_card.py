@@ -119,9 +119,7 @@ def _data(card: Card) -> str:
 def _usage(card: Card, spec: Spec, name: str, repo: str) -> str:
     auto = _CLASSES.get(str(spec.task_type), "AutoModel")
     labels = card.task.get("labels")
-    count = (
-        f", num_labels={len(labels)}" if auto.endswith("SequenceClassification") and isinstance(labels, list) else ""
-    )
+    count = f", num_labels={len(labels)}" if auto.endswith("Classification") and isinstance(labels, list) else ""
     base = json.dumps(_hub_id(card) or "the base's folder or id")
     commit = card.base.get("commit")
     count += f", revision={json.dumps(commit)}" if isinstance(commit, str) else ""

@@ -8,19 +8,23 @@ from typing import Any
 from ..bases.quiet import quiet
 from ..events import Listener, Progress, ignore
 from ..names import Ref
+from ..runtime.labelling import Input, Labelled
+from ..runtime.predict import Prediction
 from ..runtime.runtime import Runtime
 from ..tasks.classify import Classify
 from ..tasks.rows import Row, Rows
+from ..tasks.tag import Tag
 from ..tasks.task import Task
 
 _ADDED = ("label", "score", "scores", "answer")
+_TAGGED = ("words", "tags", "scores")
 
 
 def predict_rows(
     runtime: Runtime, ref: str | Ref, rows: Rows, *, field: str | None = None, on_event: Listener = ignore
 ) -> Iterator[dict[str, Any]]:
-    """Each row with `label`, `score` and `scores`, or with `answer`; the names begin with `predicted_` where a row has
-    one of them already, so that nothing is lost.
+    """Each row with `label`, `score` and `scores`, or `words`, `tags` and `scores` (as a tagger saw them), or `answer`;
+    the names begin with `predicted_` where a row has one of them already, so that nothing is lost.
 
     Args:
         field: the column to read, instead of what the adapter's task reads (`text` where its card names no task).
@@ -31,11 +35,9 @@ def predict_rows(
     """
     resolved = runtime.load(ref)
     task = runtime.task(resolved)
-    if task and field is None:
-        texts = task.inputs(rows)
-    else:
-        texts = [str(rows.field(i, field or "text")) for i in range(len(rows))]
-    prefix = "predicted_" if any(name in row for row in rows for name in _ADDED) else ""
+    texts = _inputs(task, rows, field)
+    names = _ADDED if task and not isinstance(task, Tag) else {*_ADDED, *_TAGGED}
+    prefix = "predicted_" if any(name in row for row in rows for name in names) else ""
     title = f"answering with {resolved}"
     for start in range(0, len(texts), runtime.batch_size):
         on_event(Progress(title, start, len(texts), "rows"))
@@ -46,12 +48,27 @@ def predict_rows(
     on_event(Progress(title, len(texts), len(texts), "rows"))
 
 
-def _answers(runtime: Runtime, ref: Ref, task: Task | None, texts: Sequence[str]) -> list[dict[str, Any]]:
-    if isinstance(task, Classify) or (task is None and runtime.base.kind == "encoder"):
-        made = runtime.predict(texts, ref)
-        return [{"label": p.label, "score": p.score, "scores": p.scores} for p in made]
+def _inputs(task: Task | None, rows: Rows, field: str | None) -> Sequence[Input]:
+    if isinstance(task, Tag) and field is None:
+        return task.words(rows)
+    if task and field is None:
+        return task.inputs(rows)
+    found = [rows.field(i, field or "text") for i in range(len(rows))]
+    return [[str(w) for w in one] if isinstance(task, Tag) and isinstance(one, list) else str(one) for one in found]
+
+
+def _answers(runtime: Runtime, ref: Ref, task: Task | None, inputs: Sequence[Input]) -> list[dict[str, Any]]:
+    if isinstance(task, Classify | Tag) or (task is None and runtime.base.kind == "encoder"):
+        return [_labelled(found) for found in runtime.label(inputs, ref)]
+    texts = [str(one) for one in inputs]
     limit = int(task.config["max_new_tokens"]) if task else 64
     return [{"answer": answer} for answer in runtime.answer(texts, ref, max_new_tokens=limit)]
+
+
+def _labelled(found: Labelled) -> dict[str, Any]:
+    if isinstance(found, Prediction):
+        return {"label": found.label, "score": found.score, "scores": found.scores}
+    return {"words": [w.word for w in found], "tags": [w.tag for w in found], "scores": [w.score for w in found]}
 
 
 def _joined(row: Row, added: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..formats.archive import is_archive, read_archive
 from ..formats.files import read_regular
 from ..formats.peft_config import parse_adapter_config
 from ..formats.safetensors_header import Header, parse_header, read_header
-from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec, Spec
+from ..formats.specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec, Spec
 from ..names import Ref, check_name
 from ..store import Store
 from ..store.incoming import LIMITS
@@ -112,6 +112,7 @@ def _check_fit(spec: Spec, header: Header, base: str, folder: Path) -> None:
 
     from ..adapters.factored import factor_mismatches, split_factors
     from ..adapters.ia3 import ia3_mismatches, split_ia3
+    from ..adapters.injected import check_places
     from ..adapters.lora import mismatches, split_tensors
     from ..adapters.prefix import fit_prefix, prefix_shape
     from ..adapters.prompt import fit_prompt
@@ -133,6 +134,9 @@ def _check_fit(spec: Spec, header: Header, base: str, folder: Path) -> None:
             if problems:
                 raise AdapterMismatch(f"{len(problems)} modules do not fit: {problems[0]}.")
             stem = "base_model.model."
+        elif isinstance(spec, InjectedSpec):
+            # Sizes are compared where PEFT makes the layers, which not all of its methods do without weights.
+            heads, stem = check_places(spec, tensors, view.modules), "base_model.model."
         else:
             heads, stem = dict(tensors), "base_model."
             embeddings = heads.pop("prompt_embeddings")

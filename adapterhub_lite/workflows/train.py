@@ -15,7 +15,7 @@ from ..errors import Unsupported
 from ..evaluation.evaluate import evaluate
 from ..events import Evaluated, Listener, Note, Stage, ignore
 from ..formats.card import Card, examples_of
-from ..formats.specs import FactoredSpec, Ia3Spec, LoraSpec, PrefixSpec
+from ..formats.specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec
 from ..names import Ref, check_name
 from ..recipe import FileData, Recipe, load_recipe, recipe_dict
 from ..runtime.certificate import measure
@@ -25,6 +25,7 @@ from ..store import Store
 from ..tasks.classify import Classify
 from ..tasks.registry import make_task
 from ..tasks.rows import Rows, read_hub, read_jsonl
+from ..tasks.tag import Tag
 from ..tasks.task import Task
 from ..training.loop import History
 from ..training.train import Trained, train_adapter
@@ -77,7 +78,7 @@ def train(
         base,
         examples["train"],
         examples.get("validation", ()),
-        labels=len(task.labels) if isinstance(task, Classify) else 0,
+        labels=len(task.labels) if isinstance(task, Classify | Tag) else 0,
         start_text=_describe(task),
         on_event=on_event,
     )
@@ -126,6 +127,8 @@ def adapter_summary(adapter: Adapter) -> dict[str, Any]:
         return {"type": adapter.spec.method.lower(), "rank": adapter.spec.rank, "alpha": adapter.spec.alpha, **size}
     if isinstance(adapter.spec, Ia3Spec):
         return {"type": "ia3", **size}
+    if isinstance(adapter.spec, InjectedSpec):
+        return {"type": adapter.spec.method.lower(), **size}
     kind = "prefix" if isinstance(adapter.spec, PrefixSpec) else "prompt"
     return {"type": kind, "tokens": adapter.spec.num_virtual_tokens, **size}
 

@@ -46,8 +46,8 @@ def run(
 ) -> None:
     """Answer every row of a file.
 
-    Each row is kept; label, score and scores are added, or the answer: as predicted_label and so on, where the rows
-    have such a column already.
+    Each row is kept; label, score and scores are added, or words, tags and scores, or the answer: as predicted_label
+    and so on, where the rows have such a column already.
     """
     opened = open_store(store)
     found = opened.resolve(ref)

@@ -58,7 +58,7 @@ def run(
 ) -> None:
     """Answer one prompt, streaming.
 
-    The prompt is asked as the adapter was trained to see it. Adapters with a classification head answer with a label.
+    The prompt is asked as the adapter was trained to see it. Classifiers answer with a label, taggers with one a word.
     """
     question = Question(_prompt(prompt), raw, max_new_tokens, temperature, top_p, seed)
     opened = open_store(store)

@@ -40,6 +40,13 @@ def config(**changes: Any) -> Files:
     return files(config=lora_config(**changes))
 
 
+def through_peft(tensors: Mapping[str, Tensor], method: str, **options: Any) -> Files:
+    """An adapter of a method that PEFT's own layers compute; names of tensors begin after `base_model.`."""
+    told = {"peft_type": method, "target_modules": ["q_proj"], **options}
+    named = {f"base_model.{name}": tensor for name, tensor in tensors.items()}
+    return files(config=json.dumps(told).encode(), weights=safetensors(named))
+
+
 def header(text: str | bytes, body: bytes = b"") -> Files:
     """A valid configuration beside a safetensors file of this header and body."""
     return files(weights=raw_safetensors(text, body))

@@ -14,7 +14,20 @@ from adapterhub_lite.names import Ref
 from adapterhub_lite.store import Store
 from tests.attacks import build
 from tests.attacks.attack import Attack, rows
-from tests.attacks.build import CARD, CONFIG, MANIFEST, STEM, WEIGHTS, config, header, one, repeated, said, tensors
+from tests.attacks.build import (
+    CARD,
+    CONFIG,
+    MANIFEST,
+    STEM,
+    WEIGHTS,
+    config,
+    header,
+    one,
+    repeated,
+    said,
+    tensors,
+    through_peft,
+)
 from tests.formats.build import f32, lora_config, raw_safetensors, safetensors
 
 # --- I4: other formats -------------------------------------------------------------------------------------------
@@ -122,6 +135,12 @@ CONFIGS = {
     "loftq": (config(init_lora_weights="loftq"), "changed the base weights"),
     "a regular expression as rank_pattern": (config(rank_pattern={"(a+)+$": 4}), "not compiled"),
     "a regular expression as module": (config(target_modules=["(a+)+$"]), "target_modules"),
+    "a method that PEFT compiles code for": (through_peft({}, "BOFT", boft_n_butterfly_factor=2), "compiles"),
+    "a function by its name": (through_peft({}, "PEANUT", act_fn="os.system"), "act_fn: expected one of"),
+    "a regular expression as pattern of another method": (
+        through_peft({}, "DELORA", lambda_pattern={"(a+)+$": 4}), "not compiled",
+    ),
+    "biases of the base": (through_peft({}, "FOURIERFT", bias="all"), "biases of the base"),
     "r of 10**9": (config(r=10**9), "r: expected"),
     "r of -1": (config(r=-1), "r: expected"),
     "r of 10**400": (config(r=10**400), "r: expected"),
@@ -218,6 +237,22 @@ SHAPES = {
     "one more tensor": (tensors(extra=f32(2, 2)), "found 5, missing 0, unexpected 1. Unexpected: extra"),
     "a module that is not targeted": (config(target_modules=["k_proj"]), "unexpected 4"),
     "no tensor at all": (header("{}"), "found 0"),
+    "a bank of 2**48 values": (
+        through_peft({"vblora_vector_bank": f32(2, 2)}, "VBLORA", num_vectors=1 << 24, vector_length=1 << 24),
+        "num_vectors is 16777216, and no tensor has this size",
+    ),
+    "a weight of the base beside VeRA's": (
+        through_peft({"vera_A": f32(2, 4), "model.model.layers.0.self_attn.q_proj.weight": f32(4, 4)}, "VERA", r=2),
+        "unexpected 1. Unexpected: .*q_proj.weight",
+    ),
+    "the layer that PEFT wraps": (
+        through_peft({"model.q_proj.vera_lambda_d": f32(2), "model.q_proj.base_layer.weight": f32(4, 4)}, "VERA", r=2),
+        "unexpected 1. Unexpected: .*base_layer",
+    ),
+    "places that are fractions": (
+        through_peft({"model.q_proj.shira_weight": f32(2), "model.q_proj.shira_indices": f32(2, 2)}, "SHIRA", r=1),
+        "shira_indices has dtype F32",
+    ),
     "a head that is not there": (config(modules_to_save=["score"]), "no tensor of them"),
     "three examples of many": (
         tensors(**{f"x{number}": f32(1) for number in range(9)}), "unexpected 9. Unexpected: x0, x1, x2. Export",
@@ -374,6 +409,13 @@ ATTACKS = [
     *rows("I7", "files", FormatError, CONFIGS),
     *rows("I7", "files", None, NEUTRAL, harmless=untouched),
     Attack("I7 another method", "files", config(peft_type="POLY"), Unsupported, "type 'POLY' are not supported"),
+    Attack(
+        "I7 a second model by its name",
+        "files",
+        config(peft_type="SHADOW", shadow_model="evil/model"),
+        Unsupported,
+        "it runs a second model",
+    ),
     *map(named, BASES),
     *rows("I9", "files", None, DIGESTS, harmless=foreign),
     *rows("I9 card", "files", None, POISON, harmless=foreign),

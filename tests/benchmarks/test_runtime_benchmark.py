@@ -22,7 +22,8 @@ FIGURES = {
     "retention, 4 rows, 1 adapters": ">= 0.85",
     "retention, 4 rows, 4 adapters": ">= 0.85",
     "6 adapters registered, 4 active": ">= 0.98",
-    "8 rows, 4 classifiers of 2, 3, 6, 20 labels, one batch / 4 passes": ">= 3 x",
+    "8 rows, 4 classifiers, texts of our own": ">= 3 x",
+    "8 rows, 4 classifiers, equal lengths": "",
 }
 
 
@@ -35,8 +36,17 @@ def test_the_quick_form_measures_everything_against_its_peer(
 ) -> None:
     monkeypatch.setattr(runtime, "BASE", str(tiny_folder("llama", max_position_embeddings=511)))
     monkeypatch.setattr(runtime_encoder, "ENCODER", str(tiny_folder("bert")))
+    monkeypatch.delenv("AHL_DATA", raising=False)
     runtime.main(["--quick", "--json", str(tmp_path / "figures.json")])
-    rows = json.loads((tmp_path / "figures.json").read_text())
+    found = json.loads((tmp_path / "figures.json").read_text())
+    bounds = [row for row in found if row["what"].startswith("the frozen products")]
+    assert [row["figure"] > 0 for row in bounds] == [True, True]
+    rows = [row for row in found if row["part"] != "compiled" and row not in bounds]
+    swaps, *decoding = [row for row in found if row["part"] == "compiled"]
+    assert swaps["what"].startswith("6 swaps among ranks 1 to 64")
+    assert swaps["figure"] == 0
+    assert swaps["goal"] == "none after"
+    assert [row["skipped"] for row in decoding if not row["ours"]] in ([], ["no CUDA device"] * 4)
     assert {row["what"].partition(":")[0]: row["goal"] for row in rows} == FIGURES
     for row in rows:
         ours, peer = row["ours"]["p50"], row["peer"]["p50"]

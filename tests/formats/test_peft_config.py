@@ -234,7 +234,7 @@ def test_lora_keys_are_unknown_to_prefix() -> None:
         parse(PREFIX, r=8)
 
 
-@pytest.mark.parametrize("kind", ["OFT", "VERA", "lora", "MULTITASK_PROMPT_TUNING", ["LORA"], {}, "a\nb"])
+@pytest.mark.parametrize("kind", ["POLY", "vera", "lora", "MULTITASK_PROMPT_TUNING", ["LORA"], {}, "a\nb"])
 def test_other_types_are_named(kind: object) -> None:
     with pytest.raises(Unsupported, match=re.escape(ascii(kind))):
         parse_adapter_config(json.dumps({"peft_type": kind}))

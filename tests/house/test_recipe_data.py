@@ -15,16 +15,34 @@ import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "recipes" / "data"
 SPLITS = ("train", "validation", "test")
+KINDS = ("LOC", "ORG", "PER")
 
 
 def rows(name: str, split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (DATA / name / f"{split}.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_the_generator_makes_exactly_the_shipped_sql_data(tmp_path):
-    subprocess.run([sys.executable, str(DATA / "sql" / "generate.py"), "--out", str(tmp_path)], check=True)
+@pytest.mark.parametrize("name", ["sql", "entities"])
+def test_the_generator_makes_exactly_the_shipped_data(tmp_path, name):
+    subprocess.run([sys.executable, str(DATA / name / "generate.py"), "--out", str(tmp_path)], check=True)
     for split in SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (DATA / "sql" / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (DATA / name / f"{split}.jsonl").read_bytes()
+
+
+def test_tagged_sentences_of_the_parts_share_no_name_and_no_sentence():
+    names, bare = [], []
+    for split in SPLITS:
+        some = rows("entities", split)
+        assert all(len(row["tokens"]) == len(row["tags"]) for row in some)
+        assert {tag for row in some for tag in row["tags"]} <= {"O", *(f"{p}-{t}" for p in "BI" for t in KINDS)}
+        pairs = [list(zip(row["tokens"], row["tags"], strict=True)) for row in some]
+        names.append({word for row in pairs for word, tag in row if tag != "O"})
+        bare.append({" ".join(tag[2:] or word for word, tag in row if tag[0] != "I") for row in pairs})
+        assert len({" ".join(row["tokens"]) for row in some}) == len(some)
+    for held in (names, bare):
+        assert min(map(len, held)) >= 12
+        assert not held[2] & (held[0] | held[1])
+        assert not held[0] & held[1]
 
 
 def test_sql_schemas_of_the_parts_are_disjoint():

@@ -320,7 +320,7 @@ class TestFailures:
             train(path, store=Store(), base=base)
 
 
-def _without_probe(base, head, adapts_output):
+def _without_probe(base, head, adapts_output, task_type):
     from adapterhub_lite.training import objective
 
     return objective._LanguageModel(base, chunked=True)
