@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -83,7 +84,7 @@ class Fitted:
         """Positions that a row of this adapter needs before its text."""
         return (self.prefix.tokens if self.prefix else 0) + (self.prompt.tokens if self.prompt else 0)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         head = sum(p.nbytes for p in self.head.parameters()) if self.head is not None else 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -144,10 +146,10 @@ class View:
     head: HeadSlot | None
     head_name: str
 
-    @property
-    def modules(self) -> dict[str, nn.Module]:
+    @cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
         """Module name -> module, as PEFT names them below `base_model.model.`."""
-        return dict(self.model.named_modules())
+        return MappingProxyType(dict(self.model.named_modules()))
 
 
 def make_view(model: nn.Module, kind: str, task_type: str, pad_id: int = 0) -> View:

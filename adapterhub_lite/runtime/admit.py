@@ -17,6 +17,7 @@ from ..names import Ref
 from ..store import Store
 from ..store.reading import Stored
 from .certificate import compare, measure_fitted
+from .collector import collector_paused
 from .prefill import read_prompt
 
 _FRONTS = (PrefixSpec, PromptSpec)
@@ -79,7 +80,8 @@ def admit(store: Store, ref: Ref, base: Base) -> Admitted:
             remark = f"{ref} was imported: that it was made for this base is what its card claims."
         return Admitted(fit_to_base(stored_adapter(stored), base), card, remark)
 
-    return store.read_while(ref, fitted)
+    with collector_paused():
+        return store.read_while(ref, fitted)
 
 
 def prove(admitted: Admitted, base: Base) -> dict[str, Any]:

@@ -123,7 +123,8 @@ class Composer:
             and len({_digest(row) for row in rows}) > 1
         ):
             raise Unsupported("An adapter that PEFT runs has no row beside others.", "Give it a batch of its own.")
-        active = {r.digest: r for r in rows if r is not None and _rank(r)}
+        held = {row.digest: row for row in rows if row is not None}
+        active = {digest: adapter for digest, adapter in held.items() if _rank(adapter)}
         classes: dict[int, list[Fitted]] = {}
         for adapter in active.values():
             classes.setdefault(_rank_class(adapter), []).append(adapter)
