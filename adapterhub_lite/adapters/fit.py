@@ -65,6 +65,7 @@ class Fitted:
         head: the classification head, or None.
         packs: the tensors of `sites` as a runtime's products read them (`packed`).
         prompt: embeddings before a text's own, where they cannot be read ahead of it; or None.
+        matrices_finite: whether that is known of the matrices in `packs`, so that none of them has to be read for it.
         injected: the changed layers as PEFT's own, where we have no form of them; bound to the base's device.
     """
 
@@ -78,6 +79,7 @@ class Fitted:
     packs: dict[Group, Pack] = field(default_factory=dict)
     prompt: FittedPrompt | None = None
     injected: Injected | None = None
+    matrices_finite: bool = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -94,7 +96,10 @@ class Fitted:
     @property
     def finite(self) -> bool:
         """Whether every value is a number: scaling, or a narrower dtype, can make infinity of a large one."""
-        found = [t for part in (self.packs or self.sites).values() for t in part.tensors]
+        if self.packs:
+            found = [t for one in self.packs.values() for t in (one.vectors if self.matrices_finite else one.tensors)]
+        else:
+            found = [t for site in self.sites.values() for t in site.tensors]
         found += [self.prefix.keys, self.prefix.values] if self.prefix else []
         found += [self.prompt.embeddings] if self.prompt else []
         found += self.injected.tensors if self.injected else []
@@ -117,8 +122,9 @@ class Fitted:
 
     def packed(self, groups: Iterable[Group]) -> Fitted:
         """The same adapter, packed for layers that share their input; `sites` become views of the packs."""
-        packs = pack(self.sites, groups)
-        return replace(self, packs=packs, sites={m: s for g, p in packs.items() for m, s in unpack(g, p)})
+        packs, finite = pack(self.sites, groups)
+        sites = {module: site for group, one in packs.items() for module, site in unpack(group, one)}
+        return replace(self, packs=packs, sites=sites, matrices_finite=finite)
 
 
 def fit(adapter: Adapter, target: Target) -> Fitted:

@@ -30,21 +30,28 @@ class LoraSite:
     """The change of one linear layer; all tensors in the dtype they compute in.
 
     Attributes:
-        down, up: [rank, in] and [out, rank]; the rank is 0 where nothing is added.
+        down, unscaled: [rank, in] and [out, rank]; the rank is 0 where nothing is added.
         gain, bias: [out] or None.
         scale: [in], the factor on the layer's input (IA3), or None.
+        factor: `up` is `unscaled` times this; products read a copy anyway, which is made with it.
     """
 
     down: torch.Tensor
-    up: torch.Tensor
+    unscaled: torch.Tensor
     gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    factor: float = 1.0
+
+    @property
+    def up(self) -> torch.Tensor:
+        """[out, rank], with all scales folded in."""
+        return self.unscaled if self.factor == 1.0 else self.unscaled * self.factor
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors there are."""
-        return tuple(t for t in (self.down, self.up, self.gain, self.bias, self.scale) if t is not None)
+        return tuple(t for t in (self.down, self.unscaled, self.gain, self.bias, self.scale) if t is not None)
 
     @property
     def nbytes(self) -> int:
@@ -54,16 +61,19 @@ class LoraSite:
     def strength(self) -> float:
         """How far the site moves an output for a fixed input of ones and minus ones."""
         signs = torch.where(torch.arange(self.down.shape[1]) % 3 == 0, -1.0, 1.0).to(self.down)
-        parts = [self.up @ (self.down @ signs), *(t for t in (self.gain, self.bias) if t is not None)]
+        parts = [
+            self.unscaled @ (self.down @ signs) * self.factor,
+            *(t for t in (self.gain, self.bias) if t is not None),
+        ]
         parts += [] if self.scale is None else [self.scale - 1]
         return max(float(p.abs().max()) for p in parts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> LoraSite:
         """A copy on `device` in `dtype`."""
-        moved = [
-            None if t is None else t.to(device, dtype) for t in (self.down, self.up, self.gain, self.bias, self.scale)
-        ]
-        return LoraSite(*moved)  # type: ignore[arg-type]
+        same = dtype == self.unscaled.dtype
+        unscaled, factor = (self.unscaled, self.factor) if same else (self.up, 1.0)  # scaled before it is rounded
+        gain, bias, scale = (None if t is None else t.to(device, dtype) for t in (self.gain, self.bias, self.scale))
+        return LoraSite(self.down.to(device, dtype), unscaled.to(device, dtype), gain, bias, scale, factor)
 
 
 def split_tensors(
@@ -145,10 +155,10 @@ def _fit_site(
 ) -> LoraSite:
     down, up = part["A"].float(), part["B"].float()
     scaling = spec.scaling(name, down.shape[0])
-    up = up * scaling
     bias = part["bias"].float() * scaling if "bias" in part else None
     if "magnitude" not in part:
-        return LoraSite(down, up, None, bias)
+        return LoraSite(down, up, None, bias, factor=scaling)
+    up = up * scaling
     if bias is not None:
         raise Unsupported(f"{name}: DoRA with lora_bias has no defined meaning.", "Train it without lora_bias.")
     weight = dense_weight(module, torch.float32).cpu()

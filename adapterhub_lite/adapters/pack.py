@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..kernels.matrices import copy_transposed
+from ..kernels.matrices import Copy, copy_transposed
 from .lora import LoraSite
 
 Group = tuple[nn.Module, ...]
@@ -44,16 +44,22 @@ class Pack:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors there are."""
-        return tuple(t for t in (self.down, *self.ups, *self.gains, *self.biases, self.scale) if t is not None)
+        return (self.down, *(up for up in self.ups if up is not None), *self.vectors)
+
+    @property
+    def vectors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors but the matrices."""
+        return tuple(t for t in (*self.gains, *self.biases, self.scale) if t is not None)
 
 
-def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> dict[Group, Pack]:
+def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> tuple[dict[Group, Pack], bool]:
     """Pack the sites of an adapter, in the device and dtype they are in; a site of no group is a group of its own.
 
-    So is a site that scales its input: the others of its group read that input as it is.
+    So is a site that scales its input: the others of its group read that input as it is. The second value says whether
+    all matrices are known to be finite.
     """
     packs: dict[Group, Pack] = {}
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    copies: list[Copy] = []
     room = _Room(sites.values())
     left = dict(sites)
     together = {module: site for module, site in sites.items() if site.scale is None}
@@ -62,8 +68,7 @@ def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> dict[G
         if any(member is not None for member in members):
             packs[group] = _pack(members, room, copies)
     packs |= {(module,): _pack([site], room, copies) for module, site in left.items()}
-    copy_transposed(copies)
-    return packs
+    return packs, copy_transposed(copies)
 
 
 def unpack(group: Group, packed: Pack) -> Iterator[tuple[nn.Module, LoraSite]]:
@@ -79,7 +84,7 @@ class _Room:
     """Memory for the matrices of an adapter, in one piece."""
 
     def __init__(self, sites: Collection[LoraSite]) -> None:
-        tensors = [tensor for site in sites for tensor in (site.down, site.up)]
+        tensors = [tensor for site in sites for tensor in (site.down, site.unscaled)]
         alike = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
         self._left = tensors[0].new_empty(sum(_rounded(tensor.numel()) for tensor in tensors)) if alike else None
 
@@ -96,16 +101,16 @@ def _rounded(numbers: int) -> int:
     return -(-numbers // 16) * 16
 
 
-def _pack(members: Sequence[LoraSite | None], room: _Room, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> Pack:
+def _pack(members: Sequence[LoraSite | None], room: _Room, copies: list[Copy]) -> Pack:
     """A pack whose matrices are still to be filled; `copies` tells from what."""
     some = [site for site in members if site is not None]
     ranks = [0 if site is None else int(site.down.shape[0]) for site in members]
     down = room.take(some[0].down, some[0].down.shape[1], sum(ranks))
-    ups = tuple(None if site is None else room.take(site.up, *reversed(site.up.shape)) for site in members)
+    ups = tuple(None if site is None else room.take(site.unscaled, *reversed(site.unscaled.shape)) for site in members)
     columns = torch.split(down, ranks, 1)
     for site, part, up in zip(members, columns, ups, strict=True):
         if site is not None and up is not None:
-            copies += [(site.down, part), (site.up, up)]
+            copies += [Copy(site.down, part), Copy(site.unscaled, up, site.factor)]
     return Pack(
         down,
         ups,

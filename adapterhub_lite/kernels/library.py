@@ -32,7 +32,7 @@ _SIGNATURES = {
     "ahl_all_finite": "pl",
     "ahl_forward": "pppppplpppii",
 }
-_ANSWERS = frozenset({"ahl_all_finite"})
+_ANSWERS = frozenset({"ahl_all_finite", "ahl_transpose"})
 _SECONDS = 120
 
 

@@ -26,23 +26,35 @@ typedef struct {
     long rows, columns;
     float *to;
     long stride;
+    double factor;
 } copy;
 
-/* to [columns, stride] = the transpose of from [rows, columns], for each of some copies. */
-void ahl_transpose(const copy *copies, long count) {
+/* to [columns, stride] = factor times the transpose of from [rows, columns], for each of some copies. Returns whether no
+   value that was written is NaN or infinite. */
+int ahl_transpose(const copy *copies, long count) {
+    vec odd = {0};
+    float rest = 0;
     for (const copy *c = copies; c < copies + count; c++) {
+        float factor = (float)c->factor;
         long whole_rows = c->rows / LANES * LANES, whole = c->columns / LANES * LANES;
         for (long row = 0; row < whole_rows; row += LANES)
             for (long column = 0; column < whole; column += LANES) {
                 vec v[LANES];
-                for (int i = 0; i < LANES; i++) v[i] = load(c->from + (row + i) * c->columns + column);
+                for (int i = 0; i < LANES; i++) v[i] = load(c->from + (row + i) * c->columns + column) * factor;
                 turn(v);
-                for (int i = 0; i < LANES; i++) store(c->to + (column + i) * c->stride + row, v[i]);
+                for (int i = 0; i < LANES; i++) {
+                    odd += v[i] * 0.0f;
+                    store(c->to + (column + i) * c->stride + row, v[i]);
+                }
             }
         for (long row = 0; row < c->rows; row++)
-            for (long column = row < whole_rows ? whole : 0; column < c->columns; column++)
-                c->to[column * c->stride + row] = c->from[row * c->columns + column];
+            for (long column = row < whole_rows ? whole : 0; column < c->columns; column++) {
+                float value = c->from[row * c->columns + column] * factor;
+                rest += value * 0.0f;
+                c->to[column * c->stride + row] = value;
+            }
     }
+    return total(odd) + rest == 0.0f;
 }
 
 typedef struct {

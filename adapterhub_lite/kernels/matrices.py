@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .library import library
 
 
-def copy_transposed(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Write the transpose of the first of each pair, [rows, columns], to the second, [columns, rows].
+@dataclass(frozen=True)
+class Copy:
+    """A matrix [rows, columns] whose transpose, times a factor, goes to `target` [columns, rows]."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+    factor: float = 1.0
+
+
+class _Copy(ctypes.Structure):
+    _fields_ = [
+        ("source", ctypes.c_void_p),
+        ("rows", ctypes.c_long),
+        ("columns", ctypes.c_long),
+        ("target", ctypes.c_void_p),
+        ("stride", ctypes.c_long),
+        ("factor", ctypes.c_double),
+    ]
+
+
+def copy_transposed(copies: Sequence[Copy]) -> bool:
+    """Make the copies; whether all values are known to be finite.
 
     Native for float32 on a CPU where the values of a row stand side by side; else by torch.
     """
     functions = library().functions
-    natively = [] if functions is None else [pair for pair in pairs if _is_plain(*pair)]
-    if functions is not None and natively:
-        copies = torch.tensor([(a.data_ptr(), *a.shape, b.data_ptr(), b.stride(0)) for a, b in natively])
-        functions.ahl_transpose(copies.data_ptr(), len(copies))
-    if len(natively) < len(pairs):
-        for source, target in pairs:
-            if functions is None or not _is_plain(source, target):
-                target.copy_(source.t())
+    native = [one for one in copies if functions is not None and _is_plain(one.source, one.target)]
+    known = len(native) == len(copies)
+    if functions is not None and native:
+        table = (_Copy * len(native))(*map(_entry, native))
+        known = bool(functions.ahl_transpose(ctypes.addressof(table), len(native))) and known
+    if len(native) < len(copies):
+        for one in copies:
+            if functions is None or not _is_plain(one.source, one.target):
+                one.target.copy_(one.source.t())
+                if one.factor != 1.0:
+                    one.target.mul_(one.factor)
+    return known
+
+
+def _entry(one: Copy) -> _Copy:
+    rows, columns = one.source.shape
+    target = one.target
+    return _Copy(one.source.data_ptr(), rows, columns, target.data_ptr(), target.stride(0), one.factor)
 
 
 def _is_plain(source: torch.Tensor, target: torch.Tensor) -> bool:
