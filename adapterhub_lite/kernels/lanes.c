@@ -9,33 +9,20 @@
 #define CHUNK 64
 #define AHEAD 4096
 
-/* hidden [rows, ld] columns 0 .. 16 vecs - 1 = x times as many columns of down. Two inputs at a time have sums of their
-   own, so that an addition need not wait for the one before it. */
+/* hidden [rows, ld] columns 0 .. 16 vecs - 1 = x times as many columns of down. */
 INLINE void columns(const float *x, long k, int rows, int vecs, const float *down, long width, float *hidden, long ld) {
-    vec even[TILE * 4], odd[TILE * 4];
-    int both = rows * vecs < 8;
-    for (int j = 0; j < rows * vecs; j++) even[j] = odd[j] = (vec){0};
-    long i = 0;
-    for (; i + 2 <= k; i += 2) {
-        const float *a = down + i * width, *b = a + width;
+    vec sum[TILE * 4];
+    for (int j = 0; j < rows * vecs; j++) sum[j] = (vec){0};
+    for (long i = 0; i < k; i++) {
+        const float *from = down + i * width;
         for (int v = 0; v < vecs; v++) {
-            __builtin_prefetch(a + v * LANES + AHEAD / 4, 0, 2);
-            __builtin_prefetch(b + v * LANES + AHEAD / 4, 0, 2);
-            vec first = load(a + v * LANES), second = load(b + v * LANES);
-            for (int t = 0; t < rows; t++) {
-                even[t * vecs + v] += first * x[t * k + i];
-                if (both)
-                    odd[t * vecs + v] += second * x[t * k + i + 1];
-                else
-                    even[t * vecs + v] += second * x[t * k + i + 1];
-            }
+            __builtin_prefetch(from + v * LANES + AHEAD / 4, 0, 2);
+            vec a = load(from + v * LANES);
+            for (int t = 0; t < rows; t++) sum[t * vecs + v] += a * x[t * k + i];
         }
     }
-    for (; i < k; i++)
-        for (int t = 0; t < rows; t++)
-            for (int v = 0; v < vecs; v++) even[t * vecs + v] += load(down + i * width + v * LANES) * x[t * k + i];
     for (int t = 0; t < rows; t++)
-        for (int v = 0; v < vecs; v++) store(hidden + t * ld + v * LANES, even[t * vecs + v] + odd[t * vecs + v]);
+        for (int v = 0; v < vecs; v++) store(hidden + t * ld + v * LANES, sum[t * vecs + v]);
 }
 
 INLINE void shrink(const float *x, long k, int rows, const float *down, long width, float *hidden, long ld) {

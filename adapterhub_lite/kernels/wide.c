@@ -45,41 +45,29 @@ typedef struct {
     long step;
 } ahead;
 
-/* sums [rows][2] += x [rows, k] times inputs begin..end of a panel. A single row keeps four sums, so that an addition
-   need not wait for the one before it. */
+/* sums [rows][2] += x [rows, k] times inputs begin..end of a panel. A row is summed in the same order whatever rows are
+   beside it, so that its result is the same to the last bit. */
 INLINE void block(int format, int rows, const float *x, long k, long begin, long end, const char *w, const vec *scale,
                   vec table, ahead next, vec *sums) {
-    enum { WAYS = 4 };
-    int ways = rows == 1 ? WAYS : 1;
     vec low[8], high[8];
-    for (int t = 0; t < rows * ways; t++) low[t] = high[t] = (vec){0};
+    for (int t = 0; t < rows; t++) low[t] = high[t] = (vec){0};
     const char *soon = next.from + begin * next.step;
-    long i = begin;
-    for (; i + ways <= end; i += ways)
-#pragma GCC unroll 4
-        for (int u = 0; u < ways; u++) {
-            vec a, b;
-            __builtin_prefetch(soon, 0, 2);
-            soon += next.step;
-            unpack(format, w, i + u, scale, table, &a, &b);
-#pragma GCC unroll 8
-            for (int t = 0; t < rows; t++) {
-                float v = x[t * k + i + u];
-                low[t * ways + u] += a * v;
-                high[t * ways + u] += b * v;
-            }
-        }
-    for (; i < end; i++) {
+    for (long i = begin; i < end; i++) {
         vec a, b;
+        __builtin_prefetch(soon, 0, 2);
+        soon += next.step;
         unpack(format, w, i, scale, table, &a, &b);
-        low[0] += a * x[i];
-        high[0] += b * x[i];
-    }
-    for (int t = 0; t < rows; t++)
-        for (int u = 0; u < ways; u++) {
-            sums[2 * t] += low[t * ways + u];
-            sums[2 * t + 1] += high[t * ways + u];
+#pragma GCC unroll 8
+        for (int t = 0; t < rows; t++) {
+            float v = x[t * k + i];
+            low[t] += a * v;
+            high[t] += b * v;
         }
+    }
+    for (int t = 0; t < rows; t++) {
+        sums[2 * t] += low[t];
+        sums[2 * t + 1] += high[t];
+    }
 }
 
 /* sums [rows][2] += x [rows, k] times inputs begin..end of a panel, block by block. */
@@ -121,7 +109,7 @@ static void panel(int format, long rows, const float *x, long k, const char *w, 
     long parts = (rows + 7) / 8, bytes = PANEL_BYTES[format];
     ahead next = {0, (bytes + parts - 1) / parts};
     for (long t = 0; t < 2 * rows; t++) sums[t] = (vec){0};
-    long size = parts == 1 ? k : STRIP;
+    long size = parts == 1 ? k : STRIP; /* `strip` sums in pieces of STRIP either way */
     for (long begin = 0; begin < k; begin += size) {
         long end = begin + size < k ? begin + size : k;
         for (long p = 0, row = 0; p < parts; p++) {
