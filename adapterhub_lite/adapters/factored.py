@@ -154,15 +154,24 @@ def _pair(parts: _Parts, stem: str) -> _Pair:
     """A matrix as a product of two; a whole one times an identity, on its shorter side."""
     if stem not in parts:
         return parts[f"{stem}_a"], parts[f"{stem}_b"]
-    whole = parts[stem]
-    eye = torch.eye(min(whole.shape))
-    return (eye, whole) if whole.shape[0] <= whole.shape[1] else (whole, eye)
+    return _whole(parts[stem])
 
 
 def _hadamard(one: _Pair, two: _Pair) -> _Pair:
+    if one[0].shape[1] * two[0].shape[1] >= min(one[0].shape[0], one[1].shape[1]):
+        return _whole((one[0] @ one[1]) * (two[0] @ two[1]))
     left = (one[0][:, :, None] * two[0][:, None, :]).flatten(1)
     return left, (one[1][:, None, :] * two[1][None, :, :]).flatten(0, 1)
 
 
 def _kronecker(one: _Pair, two: _Pair) -> _Pair:
+    n_out, n_in = one[0].shape[0] * two[0].shape[0], one[1].shape[1] * two[1].shape[1]
+    if one[0].shape[1] * two[0].shape[1] >= min(n_out, n_in):
+        return _whole(torch.kron((one[0] @ one[1]).contiguous(), (two[0] @ two[1]).contiguous()))
     return torch.kron(one[0].contiguous(), two[0].contiguous()), torch.kron(one[1].contiguous(), two[1].contiguous())
+
+
+def _whole(change: torch.Tensor) -> _Pair:
+    """A change itself beside an identity: its factors, of rank r^2, would be larger than it."""
+    eye = torch.eye(min(change.shape))
+    return (eye, change) if change.shape[0] <= change.shape[1] else (change, eye)

@@ -100,7 +100,11 @@ def fit_injected(
     if not own or wrong:
         reason = wrong or f"the file holds no tensor of {spec.method}"
         raise AdapterMismatch(f"{name}: {reason}.", "Export it again with PEFT's save_pretrained.")
-    targets = _named(spec, modules, _owners(spec, tensors))
+    owners = _owners(spec, tensors)
+    targets = _named(spec, modules, owners)
+    if METHODS[spec.method].everywhere and (bare := sorted(set(targets) - owners)):
+        # Before PEFT builds anything: some methods decompose every weight that the configuration names.
+        raise AdapterMismatch(f"{name}: the file holds no tensor for {bare[0]}.", "It was made for another model.")
     _check_indices(spec, own, modules, name)
     tree, root = Tree(), modules[""]
     with _apart(root):

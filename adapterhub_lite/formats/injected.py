@@ -19,6 +19,7 @@ MAX_RANK = 8192
 INDEX_DTYPES = frozenset({"I32", "I64"})
 _SEED = integer(0, (1 << 63) - 1)
 _SIZE = integer(1, 1 << 24)
+_SMALL = 64  # a rank up to this is not worth checking: a pattern may replace it everywhere
 _rank = integer(1, MAX_RANK)
 _dropout = number(0.0, 1.0)
 Option = tuple[Check[Any], Any]
@@ -36,6 +37,7 @@ class Method:
         indices: last names of tensors that hold whole numbers, places in the weight of their module.
         layers: the layers that an adapter may change.
         heads: whether PEFT saves a classification head with it.
+        everywhere: whether every layer that is changed has a tensor of its own in the file.
         coherent: what is wrong with options that are right one by one, or None.
     """
 
@@ -45,6 +47,7 @@ class Method:
     indices: tuple[str, ...] = ()
     layers: Literal["linear", "norm", "embedding"] = "linear"
     heads: bool = True
+    everywhere: bool = True
     coherent: Callable[[Mapping[str, Any]], str | None] = field(default=lambda options: None)
 
 
@@ -73,9 +76,16 @@ def is_index(method: str, name: str) -> bool:
 
 def unsized(spec: InjectedSpec, shapes: Iterable[tuple[int, ...]]) -> str | None:
     """A size that the configuration claims and no tensor has: PEFT would allocate by it before it sees a tensor."""
-    found = {size for shape in shapes for size in shape}
-    wrong = [key for key in METHODS[spec.method].sizes if spec.options[key] not in found]
-    return f"{wrong[0]} is {spec.options[wrong[0]]}, and no tensor has this size" if wrong else None
+    given = list(shapes)
+    found = {size for shape in given if 0 not in shape for size in shape}
+    claimed = list(METHODS[spec.method].sizes)
+    claimed += [key for key in ("r", "rank") if type(spec.options.get(key)) is int and spec.options[key] > _SMALL]
+    for key in claimed:
+        if spec.options[key] not in found:
+            return f"{key} is {spec.options[key]}, and no tensor has this size"
+    if spec.options.get("depth", 0) > len(given):
+        return f"depth is {spec.options['depth']}, and the file holds {len(given)} tensors"
+    return None
 
 
 def read_injected(fields: Fields, method: str) -> InjectedSpec:
@@ -276,7 +286,7 @@ METHODS: Mapping[str, Method] = {
     "UNILORA": Method(
         {"r": (integer(1, 1024), 4), "proj_seed": (_SEED, 42), "theta_d_length": (_SIZE, 256),
          "unilora_dropout": (_dropout, 0.0), **_fan},
-        unread=("init_weights", "init_theta_d_bound"), sizes=("theta_d_length",),
+        unread=("init_weights", "init_theta_d_bound"), sizes=("theta_d_length",), everywhere=False,
     ),
     # arXiv 2405.15179
     "VBLORA": Method(

@@ -11,7 +11,7 @@ from ..adapters.adapter import WEIGHTS_FILE
 from ..adapters.fit import Fitted
 from ..bases.load import Base
 from ..bases.views import VIEWS
-from ..errors import AdapterHubError, NotFound, SlowAdapter, Unsupported
+from ..errors import AdapterHubError, CapacityError, NotFound, SlowAdapter, Unsupported
 from ..events import Listener
 from ..formats.safetensors_header import read_header
 from ..formats.specs import InjectedSpec, PromptSpec
@@ -20,6 +20,7 @@ from ..store import Store
 from ..tasks.registry import make_task
 from ..tasks.task import Task
 from .admit import Admitted, admit, prove
+from .ahead import Ahead
 from .batch import BatchPlan
 from .memo import Memo
 from .mixes import Chosen, MixRef, mix, resolve_mix
@@ -45,6 +46,8 @@ class Engine:
         host_memory: int | str | None = None,
         compile: bool = False,
     ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise CapacityError(f"A batch needs at least one row, not {batch_size!r}.", "Give batch_size=1 or more.")
         self.base = base
         self.store = store
         self.batch_size = batch_size
@@ -52,9 +55,10 @@ class Engine:
         self.host = host_tier(host_memory, base.device)
         self.hooks = SiteHooks()
         self.static = Static(base, compile, on_event)
-        self.composer = BoundedComposer(lambda: self.slots.free)
+        self.composer = BoundedComposer(lambda: self.slots.free - self.ahead.nbytes)
         self.tasks: dict[str, Task | None] = {}
         self._prefetch = Prefetch()
+        self.ahead = Ahead(self.slots, self.composer, self._prefetch, self.size, self._read_ahead)
         self._arriving: dict[str, Callable[[], None]] = {}
         self._sizes: dict[str, int] = {}
         self._memo = Memo()
@@ -69,6 +73,7 @@ class Engine:
         """Take the hooks off the base and refuse every later batch: without hooks it would answer as the bare base."""
         self._closed = True
         self._prefetch.close()
+        self.ahead.close()
         self.hooks.remove()
 
     # -- which adapter -------------------------------------------------------------------------------------------
@@ -127,12 +132,12 @@ class Engine:
 
     def keep(self, fitted: Fitted) -> None:
         """Make a fitted adapter resident."""
+        self._say_slow(fitted)  # first: a listener that raises must find nothing changed
         size = fitted.nbytes
         for out in self.slots.make_room(fitted.digest, fitted.name, size):
             self._forget(out)
         self.composer.trim(self.slots.free - size)
         self.slots.put(fitted)
-        self._say_slow(fitted)
         self._viewed.add(fitted.task_type)
         self.hooks.cover(fitted.sites)
         if self._closed:  # while it was on its way
@@ -182,7 +187,8 @@ class Engine:
         if ref.version is None:
             raise NotFound(f"{ref} was never stored and has left its slot.", "Attach it again, or raise slots.")
         self.slots.check_room(ref.digest, str(ref), self.size(ref))
-        admitted = self._prefetch.take(ref.digest) or admit(self.store, ref, self.base)
+        ahead = self._prefetch.take(ref.digest) or self.ahead.take(ref.digest)
+        admitted = ahead or admit(self.store, ref, self.base)
         self._prove(admitted, ref.digest)
         if admitted.remark and ref.digest not in self._remarked:
             self._remarked.add(ref.digest)
@@ -272,6 +278,8 @@ class Engine:
         digests = {r.digest for r in rows if r is not None and r.digest is not None}
         with self.slots.lease(digests):
             fitted = {r.digest: self.fitted(r) for r in rows if r is not None}
+            if self._closed:  # by a listener of what came in: the hooks are gone, and this would be the bare base
+                raise Unsupported("This runtime was closed meanwhile.", "Make a new one.")
             yield self.composer.compose([fitted[r.digest] if r else None for r in rows], self.base.device)
 
     def parts(self, prompts: Sequence[list[int]], rows: Sequence[Ref | None]) -> Iterator[list[int]]:

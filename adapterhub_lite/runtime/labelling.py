@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import Unsupported
+from ..errors import AdapterMismatch, Unsupported
 from ..names import Ref
 from ..tasks.classify import Classify
 from ..tasks.spans import OUTSIDE
@@ -175,11 +175,15 @@ def _adapter(engine: Engine, row: Ref, wanted: bool | None) -> _Adapter:
     if wanted is not None and wanted != tags:
         labels_what, call = ("texts, not words", "predict()") if wanted else ("words, not texts", "tag()")
         raise Unsupported(f"{row} labels {labels_what}.", f"Use {call}, or label() for rows of both kinds.")
-    labels: list[str]
-    if fitted.head is None:
-        labels = []
-    elif isinstance(task, Tag if tags else Classify) and task.labels:
-        labels = task.labels
-    else:
-        labels = [f"LABEL_{i}" for i in range(list(fitted.head.parameters())[-1].shape[0])]
+    labels: list[str] = []
+    if fitted.head is not None:
+        count = int(list(fitted.head.parameters())[-1].shape[0])
+        labels = [f"LABEL_{i}" for i in range(count)]
+        if isinstance(task, Tag if tags else Classify) and task.labels:
+            labels = task.labels
+        if len(set(labels)) != count:
+            raise AdapterMismatch(
+                f"{row} has a head of {count} labels, and its card names {', '.join(labels)[:200]}.",
+                "Import or train it again: a label that is guessed would be a wrong one.",
+            )
     return _Adapter(task, fitted.virtual_tokens, labels, tags)

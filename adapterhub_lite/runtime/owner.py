@@ -63,20 +63,27 @@ class Gate:
 
     def __enter__(self) -> None:
         """Raises Unsupported while an adapter is trained on the base."""
-        inside = self.held
-        while not self.take(_LOOK):
-            self._base.check_free()
+        lock, tokenizer = self._base.lock, self._tokenizer
+        inside, reading = self.held, bool(tokenizer._is_owned())  # type: ignore[attr-defined]
         try:
-            self._tokenizer.acquire()
+            while not self.take(_LOOK):
+                self._base.check_free()
+            tokenizer.acquire()
             if self._entered is not None and not inside:
                 self._entered()
         except BaseException:
-            self.release()
+            # Ctrl-C comes between any two steps, also just after a lock was taken: what this thread has is the truth.
+            while not reading and tokenizer._is_owned():  # type: ignore[attr-defined]
+                tokenizer.release()
+            while not inside and lock._is_owned():
+                lock.release()
             raise
 
     def __exit__(self, *_: object) -> None:
-        self._tokenizer.release()
-        self.release()
+        try:
+            self._tokenizer.release()
+        finally:
+            self.release()
 
 
 class Owner:
@@ -108,6 +115,7 @@ class Owner:
             apart.submit(call)
             return
         call.wake, call.guard = self._wake, self._check_free_to_wait
+        self._scheduler.read_ahead(call)
         release_pool()  # the caller only waits from here on
         with self._changed:
             self.check_open()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..bases.load import Base
+from ..errors import NoEffect
 from .batch import BatchPlan
 from .forward import token_logits
 from .sites import SiteHooks
@@ -38,7 +39,13 @@ class TaggedWord:
 
 
 def from_logits(logits: torch.Tensor, labels: Sequence[str]) -> Prediction:
-    """logits [labels] -> a prediction."""
+    """logits [labels] -> a prediction.
+
+    Raises:
+        NoEffect: a logit is no number.
+    """
+    if bool(logits.isnan().any()):
+        raise NoEffect("An adapter makes logits that are not finite.", "Use another adapter, or a wider dtype.")
     probabilities = logits[: len(labels)].float().softmax(-1).tolist()
     scores = dict(zip(labels, probabilities, strict=True))
     best = max(scores, key=lambda label: scores[label])

@@ -165,3 +165,23 @@ def test_the_head_of_a_classifier_is_no_layer(tiny_base: Any):
     for method in ("VERA", "LN_TUNING"):
         with pytest.raises(AdapterMismatch, match="HeadSlot"):
             check_places(InjectedSpec(method, {}, ("classifier",)), {}, modules)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "tensor", "shape", "words"),
+    [
+        ("PEANUT", {"r": 2048, "depth": 4}, "peanut_A.weight", (4, 4), "r is 2048, and no tensor has this size"),
+        ("PEANUT", {"r": 4, "depth": 64}, "peanut_A.weight", (4, 4), "depth is 64, and the file holds 1 tensors"),
+        ("HIRA", {"r": 8192}, "hira_A", (4, 4), "r is 8192"),
+        ("VBLORA", {"num_vectors": 9000, "vector_length": 32, "r": 4}, "vblora_logits_A", (0, 9000, 32), "num_vectors"),
+        ("OSF", {"effective_rank": 8}, "osf_U_low", (4, 4), "no tensor for model.layers.0.self_attn.v_proj"),
+    ],
+)
+def test_what_a_small_file_claims_is_not_built(
+    tiny_base: Any, monkeypatch: pytest.MonkeyPatch, method: str, options: Any, tensor: str, shape: Any, words: str
+):
+    monkeypatch.setattr("adapterhub_lite.adapters.injected._wrap", None)
+    spec = InjectedSpec(method, options, ("q_proj", "v_proj"))
+    tensors = {f"base_model.model.model.layers.0.self_attn.q_proj.{tensor}": torch.ones(shape)}
+    with pytest.raises(AdapterMismatch, match=words):
+        fit_injected(spec, tensors, tiny_base("llama").view().modules, "small")

@@ -1,0 +1,94 @@
+"""Ctrl-C between any two steps, listeners that close or raise: no lock stays taken, nobody gets the bare base."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterhub_lite.bases.load import load_base
+from adapterhub_lite.errors import Unsupported
+from adapterhub_lite.formats.card import Card
+from adapterhub_lite.runtime.runtime import Runtime
+from adapterhub_lite.store import Store
+from tests.runtime import build
+
+
+@pytest.fixture
+def runtime(tiny_folder: Callable[..., Path], tmp_path: Path) -> Runtime:
+    made = Runtime(load_base(str(tiny_folder("gpt2")), device="cpu"), Store(tmp_path / "store"))
+    for seed, name in enumerate("ab"):
+        build.stored(made.store, made.base, name, build.lora(made.base, seed))
+    return made
+
+
+def others_can_compute(runtime: Runtime) -> bool:
+    """Whether another thread gets its text."""
+    said: list[str] = []
+    thread = threading.Thread(target=lambda: said.extend(runtime.generate(["abc"], "a", max_new_tokens=3)), daemon=True)
+    thread.start()
+    thread.join(60)
+    return bool(said)
+
+
+@pytest.mark.parametrize("where", ["take", "_entered"])
+def test_an_interrupt_just_after_a_lock_was_taken_gives_it_back(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    gate: Any = runtime._lock
+    real = getattr(gate, where)
+
+    def interrupted(*given: Any) -> None:
+        real(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.load("a")
+    assert not gate.held
+    assert not gate._tokenizer._is_owned()
+    assert others_can_compute(runtime)
+
+
+def test_an_interrupt_within_the_gate_leaves_it_with_who_had_it(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate: Any = runtime._lock
+    with gate:
+        with monkeypatch.context() as patch:
+            patch.setattr(gate, "take", lambda timeout: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                runtime.load("a")
+        assert gate.held
+    assert not gate.held
+    assert others_can_compute(runtime)
+
+
+def test_a_runtime_that_its_listener_closes_does_not_answer_as_the_bare_base(runtime: Runtime) -> None:
+    """The listener hears of an adapter that does not say its base, while a row of it enters the batch."""
+    files = dict(build.lora(runtime.base, 5).files())
+    runtime.store.put("c", files, Card())
+    closing: list[Runtime] = []
+    other = Runtime(runtime.base, runtime.store, on_event=lambda event: closing[0].close())
+    closing.append(other)
+    call = other._ask([[50, 51, 52]], [other._engine.resolve("c")], 4, (), None)
+    with pytest.raises(Unsupported, match="closed"):
+        call.texts()
+    assert call.rows[0].tokens == []
+
+
+def test_a_listener_that_raises_puts_nobody_out(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Runtime(runtime.base, runtime.store, slots=1)
+    small.load("a")
+
+    def say(fitted: Any) -> None:
+        raise ValueError("the listener")
+
+    monkeypatch.setattr(small._engine, "_say_slow", say)
+    with pytest.raises(ValueError, match="the listener"):
+        small.load("b")
+    assert small.resident() == ["a@1"]
