@@ -55,6 +55,8 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
             f"{adapter.name} is a {kind} for the classifier of an encoder-decoder, which takes none; nor does PEFT's.",
             "Train a LoRA or IA3 adapter.",
         )
+    if base.kind == "causal" and isinstance(adapter.spec, _FRONTS):
+        _check_front(adapter.name, base)
     fitted = fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype).packed(base.siblings)
     if not fitted.finite:  # zero times infinity would reach the other rows of a batch
         raise AdapterMismatch(
@@ -62,6 +64,25 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
             "Load the base in float32, or do not use it: the training diverged.",
         )
     return fitted
+
+
+def _check_front(name: str, base: Base) -> None:
+    """Raise Unsupported where what stands before a text would reach it by its row's neighbours, or not at all.
+
+    Where a longer neighbour puts padding between the two, padding takes part of an attention window.
+    """
+    config = base.config
+    window, limit = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    if window and (limit is None or int(window) < int(limit)):
+        what = f"an attention window of {window} tokens"
+    elif kinds - {"full_attention", "global"}:
+        what = f"layers that do not attend to all tokens ({', '.join(sorted(kinds))})"
+    elif not hasattr(config, "num_attention_heads"):
+        what = "no keys and values that it could be"
+    else:
+        return
+    raise Unsupported(f"{name} stands before the text, and {base.name} has {what}.", "Use a LoRA or IA3 adapter.")
 
 
 def admit(store: Store, ref: Ref, base: Base) -> Admitted:

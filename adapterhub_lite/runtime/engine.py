@@ -110,12 +110,15 @@ class Engine:
     def task(self, ref: Chosen) -> Task | None:
         """The task an adapter was trained for, if its card says; a mix has that of its head, or heaviest member."""
         resolved, digest = self.named(ref)
-        if digest not in self.tasks:
-            if isinstance(resolved, MixRef):
-                return self.task(resolved.heaviest)
-            config = self.store.card(resolved).task
-            self.tasks[digest] = make_task(config) if config.get("type") else None
-        return self.tasks[digest]
+        with suppress(KeyError):  # asked for once: another thread may forget it
+            return self.tasks[digest]
+        if isinstance(resolved, MixRef):
+            return self.task(resolved.heaviest)
+        if resolved.version is None:
+            raise NotFound(f"{resolved} was never stored and has left its slot.", "Attach it again, or raise slots.")
+        config = self.store.card(resolved).task
+        found = self.tasks[digest] = make_task(config) if config.get("type") else None
+        return found
 
     # -- bringing in ---------------------------------------------------------------------------------------------
 
@@ -149,8 +152,9 @@ class Engine:
         """Let an adapter leave the memory of device and host; False if it was in neither."""
         assert ref.digest is not None
         resident = self.slots.drop(ref.digest)
+        in_host = self.host is not None and self.host.drop(ref.digest)
         self._forget(ref.digest)
-        return (self.host is not None and self.host.drop(ref.digest)) or resident
+        return in_host or resident
 
     def prefetch(self, refs: Iterable[Ref]) -> None:
         """Begin to bring adapters in beside what runs; see `Prefetch`."""
@@ -212,6 +216,9 @@ class Engine:
         if made.head is not None:
             headed = next(m for (m, _), fitted in zip(ref.members, members, strict=True) if fitted.head is not None)
             self.tasks[made.digest] = self.task(headed)
+        else:  # of a member that may leave before the mix does, or has left the store
+            with suppress(AdapterHubError):
+                self.tasks[made.digest] = self.task(ref.heaviest)
         return made
 
     def _prove(self, admitted: Admitted, digest: str) -> None:
@@ -247,6 +254,9 @@ class Engine:
     def _forget(self, digest: str) -> None:
         self.composer.forget(digest)
         self._arriving.pop(digest, None)
+        if self.host is None or digest not in self.host:  # else it comes back, also what was never stored
+            self.tasks.pop(digest, None)
+            self._alone.pop(digest, None)
 
     def _read_ahead(self, ref: Ref) -> Admitted | None:
         """What can be done for an adapter without the lock of the base: its bytes read, verified and fitted."""

@@ -5,23 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 
 from ..adapters.fit import Fitted
-from ..bases.inputs import causal_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
 from ..errors import NoEffect, Unsupported
 from .batch import BatchPlan
 from .changes import Changes, NativeChanges, changes_of
 from .decoder import Decoder, decoder_of
 from .engine import Engine
+from .own_forward import AloneLoop, CausalLoop, Loop, Seq2SeqLoop, batches, flattens
 from .prefill import prefill
 from .prompting import position_limit
 from .requests import Request
 from .sampling import choose
 from .static_rows import Static, StaticFailed, StaticRows
+from .wishes import heeded, wishes
 
 # A batch is cut to its unfinished rows when at least this share of it has finished: cutting copies the cache.
 _COMPACT_AT = 0.25
@@ -47,8 +47,9 @@ class Batch:
         self._ends = end_tokens(engine.base)
         self._plan = self._compose(self.rows)
         prompts = [[*row.prompt, *row.tokens] for row in self.rows]
-        self._loop = _loop(self._base, decoder, self._plan, prompts, engine.static)
+        self._loop = self._started(prompts, engine.static)
         self._room = [_room(self._base, row) for row in self.rows]
+        self._wishes = [wishes(self._base, row) for row in self.rows]
         self._tokens: torch.Tensor | None = None
 
     @property
@@ -69,6 +70,7 @@ class Batch:
                 self._room = [room - 1 for room in self._room]
             logits = self._loop.step()
             finite = logits.amax(-1).isfinite().tolist()
+            logits = heeded(self._base, logits, self.rows, self._wishes)
             self._tokens = choose(logits, [row.sampler for row in self.rows])
         tokens = self._tokens.tolist()
         return [(self.rows[i], self._take(self.rows[i], tokens[i], finite[i])) for i in self.alive]
@@ -82,6 +84,7 @@ class Batch:
         if len(self.rows) - len(keep) < at * len(self.rows) and not full:
             return
         self.rows, self._room = [self.rows[i] for i in keep], [self._room[i] for i in keep]
+        self._wishes = [self._wishes[i] for i in keep]
         assert self._tokens is not None
         with torch.inference_mode():
             self._tokens = self._tokens[keep]
@@ -97,10 +100,20 @@ class Batch:
         self.cut(0.0)
         other.cut(0.0)
         self.rows, self._room = self.rows + other.rows, self._room + other._room
+        self._wishes = self._wishes + other._wishes
         with torch.inference_mode():
             self._plan = replace(self._compose(self.rows, read=True), prefix=None)
             self._tokens = torch.cat([self._tokens, other._tokens])
             self._loop.join(other._loop, self._plan)
+
+    def _started(self, prompts: list[list[int]], static: Static) -> Loop:
+        if self._decoder is not None:
+            return _WindowLoop(self._decoder, self._plan, prompts, static)
+        mixed = len({row.fitted.digest if row.fitted else "" for row in self.rows}) > 1
+        if batches(self._base) and not (mixed and flattens(self._base, self._plan)):
+            return (Seq2SeqLoop if self._base.kind == "seq2seq" else CausalLoop)(self._base, self._plan, prompts)
+        plans = [self._compose([row]) for row in self.rows]
+        return AloneLoop(self._base, plans, prompts, self._hooks)
 
     def _take(self, row: Request, token: int, finite: bool) -> bool | Exception:
         if not finite:
@@ -139,30 +152,6 @@ def _room(base: Base, row: Request) -> int:
     limit = position_limit(base)
     virtual = row.fitted.virtual_tokens if row.fitted else 0
     return sys.maxsize if limit is None else limit - len(row.prompt) - len(row.tokens) - virtual
-
-
-class _Loop(Protocol):
-    """The state of a batch that is decoded; `hooked`: its forward is the model's own, changed by hooks."""
-
-    hooked: bool
-
-    def step(self) -> torch.Tensor:
-        """Logits [rows, vocabulary] of the next token."""
-        ...
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """Go on with these tokens [rows]."""
-        ...
-
-    def select(self, keep: list[int], plan: BatchPlan) -> None:
-        """Go on with these rows only; `plan` is theirs."""
-        ...
-
-
-def _loop(base: Base, decoder: Decoder | None, plan: BatchPlan, prompts: list[list[int]], static: Static) -> _Loop:
-    if decoder is not None:
-        return _WindowLoop(decoder, plan, prompts, static)
-    return (_Seq2SeqLoop if base.kind == "seq2seq" else _CausalLoop)(base, plan, prompts)
 
 
 class _WindowLoop:
@@ -254,66 +243,3 @@ class _WindowLoop:
         self.stand_up()
         if static is not None:
             static.give_up(error)
-
-
-class _CausalLoop:
-    """Decode state of a causal model through its own forward: cache, mask [rows, keys], next position [rows]."""
-
-    hooked = True
-
-    def __init__(self, base: Base, plan: BatchPlan, prompts: list[list[int]]) -> None:
-        ids, mask = (t.to(base.device) for t in pad_rows(prompts, base.pad_id, left=True))
-        self._model, self._device = plan.model(base.model), base.device
-        self._inputs = causal_inputs(ids, mask, plan.prefix, use_cache=True)
-        self._inputs["logits_to_keep"] = 1
-
-    def step(self) -> torch.Tensor:
-        """Logits [rows, vocabulary] of the next token."""
-        logits: torch.Tensor = self._model(**self._inputs).logits
-        return logits[:, -1]
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """Go on with these tokens [rows]."""
-        mask = self._inputs["attention_mask"]
-        self._inputs["input_ids"] = tokens[:, None]
-        self._inputs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], 1)
-        self._inputs["position_ids"] = self._inputs["position_ids"][:, -1:] + 1
-
-    def select(self, keep: list[int], plan: BatchPlan) -> None:
-        """Go on with these rows only."""
-        rows = torch.tensor(keep, device=self._device)
-        self._inputs["past_key_values"].batch_select_indices(rows)
-        for name in ("input_ids", "attention_mask", "position_ids"):
-            self._inputs[name] = self._inputs[name][rows]
-
-
-class _Seq2SeqLoop:
-    """Decode state of an encoder-decoder model; the encoder runs once."""
-
-    hooked = True
-
-    def __init__(self, base: Base, plan: BatchPlan, prompts: list[list[int]]) -> None:
-        ids, mask = (t.to(base.device) for t in pad_rows(prompts, base.pad_id, left=False))
-        start = torch.full((len(prompts), 1), base.config.decoder_start_token_id, device=base.device)
-        self._model: Any = plan.model(base.model)
-        self._device = base.device
-        self._inputs = seq2seq_inputs(ids, mask, start, plan.prefix, use_cache=True)
-
-    def step(self) -> torch.Tensor:
-        """Logits [rows, vocabulary] of the next token."""
-        out = self._model(**self._inputs)
-        self._inputs.pop("input_ids", None)
-        self._inputs["encoder_outputs"] = (out.encoder_last_hidden_state,)
-        logits: torch.Tensor = out.logits
-        return logits[:, -1]
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """Go on with these tokens [rows]."""
-        self._inputs["decoder_input_ids"] = tokens[:, None]
-
-    def select(self, keep: list[int], plan: BatchPlan) -> None:
-        """Go on with these rows only."""
-        rows = torch.tensor(keep, device=self._device)
-        self._inputs["past_key_values"].batch_select_indices(rows)
-        self._inputs["attention_mask"] = self._inputs["attention_mask"][rows]
-        self._inputs["encoder_outputs"] = (self._inputs["encoder_outputs"][0][rows],)

@@ -12,6 +12,7 @@ from ..names import Ref
 from ..tasks.classify import Classify
 from .engine import Engine
 from .forward import class_logits, token_logits
+from .given import check_ids
 from .labelling import Input, label, score_words
 from .mixes import Chosen
 from .predict import Prediction, TaggedWord
@@ -68,6 +69,8 @@ class Labels:
         decoder_rows: Sequence[list[int]] | None = None,
     ) -> list[torch.Tensor]:
         """Raw logits for token ids: [tokens, vocabulary] a row, or of a head [labels], of a tagger [tokens, labels]."""
+        check_ids(self._engine.base, rows)
+        check_ids(self._engine.base, decoder_rows or ())
         chosen = self._rows(adapters, len(rows))
         found: dict[int, torch.Tensor] = {}
         with self._lock:
@@ -83,6 +86,8 @@ class Labels:
     def _label(
         self, inputs: str | Sequence[Input], adapters: Chosen | Sequence[Chosen], tags: bool | None
     ) -> list[Prediction | list[TaggedWord]]:
+        if not isinstance(inputs, Sequence) or isinstance(inputs, bytes):
+            raise Unsupported(f"{type(inputs).__name__} is no input.", "Give a text, or a list of texts.")
         items = [inputs] if isinstance(inputs, str) else list(inputs)
         strange = next((i for i in items if not _is_text(i)), None)
         if strange is not None:

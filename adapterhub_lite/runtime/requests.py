@@ -228,6 +228,8 @@ def requests(
     """
     count = len(prompts)
     mosts = _spread(most, count, "max_new_tokens", int)
+    if (few := next((m for m in mosts if m < 0 or isinstance(m, bool)), None)) is not None:
+        raise Unsupported(f"max_new_tokens {few} is no number of tokens.", "Give 0 or more.")
     settings = _spread(Sampling() if sampling is None else sampling, count, "sampling", Sampling)
     seeds = row_seeds(settings, shared=not isinstance(sampling, list | tuple))
     stops = _stops(stop, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ..tasks.prompts import Message, chat_ids
 from ..tasks.task import Task
 from .admit import fit_to_base
 from .engine import Engine
+from .given import check_ids, check_messages, texts_of
 from .labels import DEFAULT, Labels
 from .mixes import Chosen
 from .owner import Owner
@@ -86,11 +88,13 @@ class Runtime(Residents, Labels):
     def attach(self, adapter: Adapter, task: Task | None = None) -> Ref:
         """Make an adapter resident that is in no store (yet); returns a reference that this runtime knows.
 
+        The same weights with another task are another adapter, as they are in a store.
+
         Raises:
             AdapterMismatch: it does not fit this base.
         """
         with self._lock:
-            digest = hashlib.sha256(b"".join(adapter.files().values())).hexdigest()
+            digest = _digest(adapter, task)
             fitted = replace(fit_to_base(adapter, self.base), digest=digest)
             self._engine.keep(fitted)
             self._engine.tasks[digest] = task
@@ -139,13 +143,14 @@ class Runtime(Residents, Labels):
 
         Args:
             adapters: one a row; None is the bare base; a single value is for all rows; left out: what `use` chose.
-            stop: strings that end an answer and are not part of it; a list that holds lists has one a row.
+            stop: strings that end an answer and are not part of it; the one that begins first in the text counts. A
+                list that holds lists has one a row.
             sampling: greedy when left out. Row i of a single value with a seed uses seed + i.
 
         Raises:
             NotFound, BaseMismatch, AdapterMismatch, CapacityError: an adapter cannot be served.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = texts_of(prompts)
         with tokenizer_lock(self.base):
             ids = [raw_ids(self.base, text) for text in texts]
         return self.generate_ids(ids, adapters, max_new_tokens, stop, sampling)
@@ -160,7 +165,7 @@ class Runtime(Residents, Labels):
         sampling: Samplings = None,
     ) -> list[str]:
         """Answer questions as each row's adapter was trained to see them (chat template, system prompt)."""
-        texts = [questions] if isinstance(questions, str) else list(questions)
+        texts = texts_of(questions)
         rows = self._rows(adapters, len(texts))
         ids = [self._question_ids(t, r) for t, r in zip(texts, rows, strict=True)]
         return self.generate_ids(ids, rows, max_new_tokens, stop, sampling)
@@ -171,12 +176,14 @@ class Runtime(Residents, Labels):
         adapter: Chosen = DEFAULT,
         *,
         max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
         sampling: Sampling | None = None,
     ) -> str:
-        """The assistant's next turn of a conversation, through the base's chat template."""
+        """The assistant's next turn of a conversation, through the base's chat template; `stop` as for `generate`."""
+        check_messages(messages)
         with tokenizer_lock(self.base):
             ids = chat_ids(self.base.tokenizer, messages)
-        return self.generate_ids([ids], [self._one(adapter)], max_new_tokens, (), sampling)[0]
+        return self.generate_ids([ids], [self._one(adapter)], max_new_tokens, stop, sampling)[0]
 
     def stream(
         self,
@@ -210,6 +217,8 @@ class Runtime(Residents, Labels):
     ) -> Answer:
         """Begin what `stream` gives, and return at once: a handle to wait for the answer, read or cancel it."""
         row = self._engine.resolve(self._one(adapter))
+        if not isinstance(prompt, str):
+            check_messages(prompt)
         if isinstance(prompt, str) and not raw:
             ids = self._question_ids(prompt, row)
         else:
@@ -227,6 +236,7 @@ class Runtime(Residents, Labels):
         sampling: Samplings = None,
     ) -> list[str]:
         """`generate` for prompts that are token ids already."""
+        check_ids(self.base, prompts)
         return self._ask(prompts, self._rows(adapters, len(prompts)), max_new_tokens, stop, sampling).texts()
 
     def task(self, ref: str | Ref) -> Task | None:
@@ -259,6 +269,14 @@ class Runtime(Residents, Labels):
         if made:
             self._owner.submit(call)
         return call
+
+
+def _digest(adapter: Adapter, task: Task | None) -> str:
+    """What an adapter in no store is known by: all that its answers depend on."""
+    parts = hashlib.sha256(b"".join(adapter.files().values()))
+    if task is not None:
+        parts.update(json.dumps(task.config, sort_keys=True, default=repr).encode())
+    return parts.hexdigest()
 
 
 def _end(owner: Owner, engine: Engine) -> None:

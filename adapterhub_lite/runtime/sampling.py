@@ -11,6 +11,15 @@ import torch
 
 from ..errors import Unsupported
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "seed": (int, type(None)),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,6 +43,10 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise Unsupported(f"{name} {value!r} is not a number.", f"See Sampling: {name} is a number.")
         if not (0.0 <= self.temperature < inf):
             raise Unsupported(
                 f"temperature {self.temperature} is not a number from 0 up.", "0 is greedy, 0.7 is usual."
@@ -50,6 +63,8 @@ class Sampling:
             raise Unsupported(
                 f"repetition_penalty {self.repetition_penalty} is not a positive number.", "1 is none, 1.1 is usual."
             )
+        if not isinstance(self.stop_token_ids, list | tuple):
+            raise Unsupported(f"stop_token_ids {self.stop_token_ids!r} is no list.", "Give a list of token ids.")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if not all(isinstance(token, int) for token in self.stop_token_ids):
             raise Unsupported(f"stop_token_ids {self.stop_token_ids} are not token ids.", "Give whole numbers.")

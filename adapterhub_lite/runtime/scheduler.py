@@ -45,6 +45,12 @@ class Scheduler:
         """Let the rows of a call wait for their turn; any thread may."""
         self._arrived.append(call)
 
+    def read_ahead(self, call: Call) -> None:
+        """Begin to read the adapters of a call that comes while others run, or that has to wait; any thread may."""
+        if self.busy or len(call.rows) > self._engine.batch_size:
+            for ref in {row.ref.digest: row.ref for row in call.rows if row.ref is not None}.values():
+                self._engine.ahead.begin(ref)
+
     def turn(self) -> None:
         """Who was cancelled leaves, who waits enters, every other row gets a token."""
         with self._mutex:
@@ -102,10 +108,11 @@ class Scheduler:
         The call with the fewest rows running comes first, then the one that came first: a long list holds up nobody.
         """
         while places > 0 and not self._full:
-            calls = [call for call in self._calls if call.waiting and not call.closed]
-            if not calls:
+            row, skipped = self._next()
+            if row is None:
                 return
-            row = min(calls, key=lambda call: call.running).waiting.popleft()
+            place = row.call.waiting.index(row)
+            del row.call.waiting[place]
             try:
                 fits = self._lease(row)
                 ours = fits and decoder_for(self._engine.base, row.fitted) is not None
@@ -114,7 +121,9 @@ class Scheduler:
                 continue
             if not fits or (not ours and self._runs_apart(row.call)):
                 row.lease.close()
-                row.call.waiting.appendleft(row)
+                row.call.waiting.insert(place, row)
+                if not fits and skipped:
+                    return
                 self._full, row.call.closed = not fits, fits
             elif row.most < 1:
                 self._leave(row)
@@ -122,6 +131,20 @@ class Scheduler:
                 row.entered, places = True, places - 1
                 row.call.running += 1
                 yield row, ours
+
+    def _next(self) -> tuple[Request | None, bool]:
+        """Who is to enter, and whether somebody before him waits for an adapter that is being read.
+
+        While rows run, nothing is waited for: who comes after enters before. If none run, the first in line does wait.
+        """
+        calls = sorted((c for c in self._calls if c.waiting and not c.closed), key=lambda call: call.running)
+        ahead, skipped = self._engine.ahead, False
+        for call in calls:
+            for row in call.waiting:
+                if row.ref is None or not (ahead.begin(row.ref, True) if self._batches else ahead.coming(row.ref)):
+                    return row, skipped
+                skipped = True
+        return (calls[0].waiting[0] if calls and not self._batches else None), False
 
     def _lease(self, row: Request) -> bool:
         """Bring in a row's adapter, to stay until the row leaves; False if a slot gets free for it later."""
@@ -136,6 +159,8 @@ class Scheduler:
             if others:
                 return False
             raise
+        if row.ref is not None:
+            self._engine.ahead.leave(row.ref)
         check_lengths(self._engine.base, plan, [row.prompt], max(row.most, 0))
         row.fitted = plan.rows[0]
         return True
@@ -204,6 +229,8 @@ class Scheduler:
         if row.entered:
             row.call.running -= 1
             self._full = False
+        elif row.ref is not None and not any(r.ref == row.ref for call in self._calls for r in call.waiting):
+            self._engine.ahead.leave(row.ref)
         row.close(error)
 
     def _forget(self) -> None:

@@ -13,7 +13,12 @@ _HALF = "\ufffd"  # what a decoder gives for the bytes of an incomplete characte
 
 
 class TextStream:
-    """Decodes one row's tokens; `push` returns the text that is now certain."""
+    """Decodes one row's tokens; `push` returns the text that is now certain.
+
+    The text ends where a stop string begins; of several that occur, the one that begins first counts, whatever tokens
+    the text comes in. A whole one therefore waits for what began before it and may yet become another (of "abcd" and
+    "bc" in "abc"); of two that begin together either gives the same text.
+    """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), lock: Any = None) -> None:
         """`lock`: held while the tokenizer decodes."""
@@ -37,13 +42,14 @@ class TextStream:
         """Add a token; returns new text, "" while a character or a possible stop string is incomplete."""
         self._tokens.append(token)
         text = self._text()
-        cut = self._cut(text.rstrip(_HALF))  # half a character is not yet what it will be
-        if cut >= 0:
+        whole = text.rstrip(_HALF)  # half a character is not yet what it will be
+        cut = self._cut(whole)
+        held = max((_overlap(whole, s) for s in self._stop), default=0)
+        if 0 <= cut <= len(whole) - held:
             self.done = True
             return self._take(text[:cut])
-        if text.endswith(_HALF):
+        if len(whole) < len(text):
             return ""
-        held = max((_overlap(text, s) for s in self._stop), default=0)
         return self._take(text[: len(text) - held])
 
     def finish(self) -> str:

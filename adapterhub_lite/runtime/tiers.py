@@ -77,7 +77,7 @@ class BoundedComposer(Composer):
     @property
     def nbytes(self) -> int:
         """Bytes of the stacks remembered."""
-        return sum(map(_stack_bytes, self._stacks.values()))
+        return sum(map(_stack_bytes, list(self._stacks.values())))  # other threads may ask
 
     def trim(self, room: int) -> None:
         """Forget stacks, the oldest first, until they take at most `room` bytes."""
@@ -230,6 +230,11 @@ class Prefetch:
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._flights
+
+    def reading(self, digest: str) -> bool:
+        """Whether it has not been read yet."""
+        with self._lock:
+            return digest in self._flights and not self._flights[digest][1].done()
 
     def start(self, digest: str, read: Callable[[], Admitted | None], install: Callable[[], object]) -> None:
         """Begin to bring an adapter in, if that is not under way.

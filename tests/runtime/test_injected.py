@@ -460,6 +460,31 @@ def test_tokens_of_an_embedding_that_peft_chose(tiny_base, tmp_path: Path):
         )
 
 
+def test_names_that_hold_each_other_do_not_cross(tiny_base, tmp_path: Path):
+    """PEFT finds its tensors by name; here no name of ours gets near it."""
+    base, store, expected = tiny_base("llama"), Store(), {}
+    for i, name in enumerate(("foo", "foobar", "s1", "s10", "lora", "a", "default", "base_model", "vera_lambda")):
+        made = injected.settings("llama", "ROAD" if i % 2 else "VERA", "CAUSAL_LM")
+        injected.save(tmp_path / name, base.source.folder, made)
+        one = read_adapter(tmp_path / name)
+        tensors = {
+            key: t * (1 + 0.2 * i) if "vera_lambda" in key or "road" in key else t for key, t in one.tensors.items()
+        }
+        files = replace(one, tensors=tensors).files()
+        for file, data in files.items():
+            (tmp_path / name / file).write_bytes(data)
+        build.stored(store, base, name, read_adapter(tmp_path / name))
+        expected[name] = peft_logits(injected.load(tmp_path / name, base.source.folder, "CAUSAL_LM"))
+    assert len({float(found[0][0, 0]) for found in expected.values()}) == len(expected)
+    with runtime_on(base, store=store, slots=6) as served:
+        for gone in (None, "foo", "s1", "a"):
+            if gone is not None:
+                served.load(gone)
+                served.unload(gone)
+            for name, logits in expected.items():
+                peers.assert_logits_equal(served.logits(peers.ROWS, name), logits)
+
+
 def test_half_precision_is_pefts(tmp_path: Path):
     """Its layers stay in float32 where the base is not, as PEFT chooses."""
     folder = tiny.save("llama", tmp_path / "base")

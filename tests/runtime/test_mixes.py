@@ -16,6 +16,7 @@ from torch import nn
 
 from adapterhub_lite.adapters.adapter import Adapter, read_adapter
 from adapterhub_lite.bases.load import load_base
+from adapterhub_lite.bases.quantization import dense_weight
 from adapterhub_lite.errors import AdapterMismatch, CapacityError, InvalidName, NotFound, Unsupported
 from adapterhub_lite.names import Ref
 from adapterhub_lite.runtime.mixes import MixRef
@@ -93,10 +94,14 @@ def changed(module: Any, parts: dict[str, torch.Tensor], scaling: float) -> tupl
     return low_rank, scaling * parts["lora_B.bias"].double() if "lora_B.bias" in parts else bias
 
 
-def merged(base, members: list[tuple[Adapter, float]]) -> Any:
+def merged(base, members: list[tuple[Adapter, float]], dequantised: bool = False) -> Any:
     """Plain transformers in float64 on weights with the weighted sum of all changes baked in."""
     model = peers.plain(base.source.folder, build.TASK_TYPES[base.kind]).double()
     modules = dict(model.named_modules())
+    if dequantised:
+        for name, module in modules.items():
+            if isinstance(module, nn.Linear):
+                module.weight.data = dense_weight(base.model.get_submodule(name), torch.float32).double()
     sums: dict[str, list[torch.Tensor]] = {}
     for adapter, weight in members:
         by_module: dict[str, dict[str, torch.Tensor]] = {}

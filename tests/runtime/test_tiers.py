@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +135,29 @@ def test_what_is_pinned_or_in_use_stays_and_the_error_says_so(make, size):
     runtime.load("c")
     runtime.load("d")
     assert runtime.resident() == ["c@1", "d@1"]
+
+
+def test_capacity_errors_say_the_numbers(make):
+    """Of the budget, what is pinned or in use is taken; what is idle could be put out, and counts as free."""
+    runtime = make(slots=None, memory=60_000)
+    adapters = {"a": build.lora(runtime.base, 1), "big": build.lora(runtime.base, 9, 12)}
+    build.stored(runtime.store, runtime.base, "big", adapters["big"])
+    small, big = (4 * sum(t.numel() for t in one.tensors.values()) for one in adapters.values())
+    assert big < 60_000 < big + 2 * small, (small, big)
+    runtime.pin("a")
+    runtime.load("d")
+    with leased(runtime, "b"), pytest.raises(CapacityError) as caught:
+        runtime.load("big")
+    assert str(caught.value).startswith(
+        f"big@1 needs {big / 1e3:.1f} kB; of 60.0 kB for adapters {(60_000 - 2 * small) / 1e3:.1f} kB are free or can "
+        "be made free (pinned: a@1; in use: b@1)."
+    )
+    with pytest.raises(CapacityError) as caught:
+        make(memory=big - 1).load("big")
+    assert str(caught.value).startswith(f"big@1 needs {big / 1e3:.1f} kB, more than all the ")
+    with leased(runtime := make(slots=1), "b"), pytest.raises(CapacityError) as caught:
+        runtime.load("c")
+    assert str(caught.value).startswith("c@1 needs a slot, and all 1 slots are in use by what stays (in use: b@1).")
 
 
 def test_a_pin_that_fails_pins_nothing(make, size):
@@ -497,6 +523,37 @@ def test_a_thousand_rounds_leave_nothing_behind(make):
             counts.append(tensors_alive())
     assert len(set(counts[1:])) == 1, counts
     assert held(runtime) == 0
+
+
+def megabytes() -> float:
+    """What this process has in memory now, with nothing left in the pools of Python and of C's malloc."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_thousand_adapters_that_came_and_went_leave_no_trace(base):
+    """Attached ones, each of a digest of its own, and mixes of weights that are never the same."""
+    runtime, rounds = Runtime(base, Store(), slots=3), []
+    kept = runtime.attach(build.lora(base, 1))
+    engine, adapter = runtime._engine, build.lora(base, 2)
+    tensor = next(iter(adapter.tensors.values()))
+    for i in range(1000):
+        tensor[0, 0] = i / 1000
+        ref = runtime.attach(adapter)
+        if i % 20 == 0:
+            runtime.logits(ROW * 2, [ref, {kept: 0.5, ref: 1 + i}])
+        if i % 2:
+            runtime.unload(ref)
+        runtime.logits(ROW, kept)
+        if i % 250 == 249:
+            sizes = {name: len(value) for name, value in vars(engine).items() if isinstance(value, dict | set)}
+            rounds.append((megabytes(), sizes))
+    runtime.close()
+    assert max(rounds[-1][1].values()) <= 3, rounds
+    assert rounds[-1][0] - rounds[0][0] < 5, rounds  # one adapter kept of each round would be 12
 
 
 def spoil(store: Store, name: str) -> None:
