@@ -25,7 +25,7 @@ from .window import Window, WindowShape
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _PROBE_TOKENS = 12
 # Largest difference of a logit from the model's own forward, as a share of the largest logit: rounding, not meaning.
-_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,6 @@ def _agrees(base: Base, decoder: Decoder) -> bool:
         window.extend()
         after = decoder.step(ids[:, -1].to(base.device), positions, window, changes_of(base, plan))
         expected = base.model(input_ids=ids.to(base.device)).logits[:, -2:].float()
-    bound = _BOUNDS.get(base.dtype, 0.0) * float(expected.abs().max())
+    bound = BOUNDS.get(base.dtype, 0.0) * float(expected.abs().max())
     differences = (logits.float() - expected[:, 0]).abs().max(), (after.float() - expected[:, 1]).abs().max()
     return all(float(d) <= bound for d in differences)

@@ -21,14 +21,13 @@ from torch import nn
 from ..adapters.fit import Fitted
 from ..bases.load import Base
 from .batch import BatchPlan
+from .decoder import BOUNDS
 from .prompting import position_limit
-from .side_by_side import Layout, Run, Site, Span, lay_out, tags_tokens
+from .side_by_side import Layout, Run, Span, SpanSite, lay_out, tags_tokens
 
 # Families whose position ids begin after the padding token's id; the others' begin at 0.
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 _FAMILIES = ("bert", "electra", "distilbert", *_COUNTS_FROM_PADDING)
-# Largest difference of a logit from the model's own forward, as a share of the largest logit: rounding, not meaning.
-_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 _PROBE_LENGTHS = (12, 5, 1, 12)
 
 
@@ -36,12 +35,12 @@ _PROBE_LENGTHS = (12, 5, 1, 12)
 class Layer:
     """The parts of one encoder layer; the last layer has q and k, v apart, since fewer tokens need a q."""
 
-    qkv: tuple[Site, ...]
-    out: Site
+    qkv: tuple[SpanSite, ...]
+    out: SpanSite
     attended: nn.Module
-    up: Site
+    up: SpanSite
     act: nn.Module
-    down: Site
+    down: SpanSite
     norm: nn.Module
 
 
@@ -60,7 +59,7 @@ class Encoder:
         self.scaling = float((attention.self if self._takes_prefixes else attention).scaling)
         self.embeddings = inner.embeddings
         project = getattr(inner, "embeddings_project", None)
-        self.project = None if project is None else Site(project)
+        self.project = None if project is None else SpanSite(project)
         self.pool, self.pool_act = _pool(model)
         self.first_position = 0
         if base.config.model_type in _COUNTS_FROM_PADDING:
@@ -202,16 +201,16 @@ def _layer(layer: Any, last: bool) -> Layer:
         out, attended = attention.output.dense, attention.output.LayerNorm
         up, act = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
         down, norm = layer.output.dense, layer.output.LayerNorm
-    qkv = (Site(three[0]), Site(*three[1:])) if last else (Site(*three),)
-    return Layer(qkv, Site(out), attended, Site(up), act, Site(down), norm)
+    qkv = (SpanSite(three[0]), SpanSite(*three[1:])) if last else (SpanSite(*three),)
+    return Layer(qkv, SpanSite(out), attended, SpanSite(up), act, SpanSite(down), norm)
 
 
-def _pool(model: Any) -> tuple[Site | None, nn.Module]:
+def _pool(model: Any) -> tuple[SpanSite | None, nn.Module]:
     """What stands between the first token and a classifier's head."""
     if model.config.model_type == "bert":
-        return Site(model.base_model.pooler.dense), model.base_model.pooler.activation
+        return SpanSite(model.base_model.pooler.dense), model.base_model.pooler.activation
     if model.config.model_type == "distilbert":
-        return Site(model.pre_classifier), nn.ReLU()
+        return SpanSite(model.pre_classifier), nn.ReLU()
     return None, nn.Identity()
 
 
@@ -244,6 +243,6 @@ def _agrees(base: Base, encoder: Encoder) -> bool:
         with torch.inference_mode():
             found = torch.cat([one.flatten() for one in encoder(plan, rows)]).float()
         expected = torch.cat([one.flatten() for one in model_logits(base, SiteHooks(), plan, rows)]).float()
-        if float((found - expected).abs().max()) > _BOUNDS.get(base.dtype, 0.0) * float(expected.abs().max()):
+        if float((found - expected).abs().max()) > BOUNDS.get(base.dtype, 0.0) * float(expected.abs().max()):
             return False
     return True

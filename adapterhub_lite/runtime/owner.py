@@ -38,7 +38,7 @@ class Gate:
 
     def __init__(self, base: Base, entered: Callable[[], None] | None = None) -> None:
         self._base, self._entered = base, entered
-        self._next: Any = base.derived.setdefault("next", threading.Lock())
+        self._next: Any = base.derived.setdefault("next", threading.RLock())
         self._tokenizer = tokenizer_lock(base)
 
     @property
@@ -73,6 +73,8 @@ class Gate:
                 self._entered()
         except BaseException:
             # Ctrl-C comes between any two steps, also just after a lock was taken: what this thread has is the truth.
+            while self._next._is_owned():
+                self._next.release()
             while not reading and tokenizer._is_owned():  # type: ignore[attr-defined]
                 tokenizer.release()
             while not inside and lock._is_owned():

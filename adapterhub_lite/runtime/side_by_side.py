@@ -72,7 +72,7 @@ class Layout:
     read_spans: list[Span]
 
 
-class Site:
+class SpanSite:
     """Layers of one input, computed as one product where their weights allow it, and changed span by span."""
 
     def __init__(self, *modules: nn.Module) -> None:

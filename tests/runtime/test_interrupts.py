@@ -54,6 +54,27 @@ def test_an_interrupt_just_after_a_lock_was_taken_gives_it_back(
     assert others_can_compute(runtime)
 
 
+def test_an_interrupt_of_who_is_next_lets_the_others_come(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate: Any = runtime._lock
+    real = gate._next
+
+    class Interrupted:
+        """Taken, and interrupted before the caller hears of it."""
+
+        release, _is_owned = real.release, real._is_owned
+
+        def acquire(self, timeout: float) -> bool:
+            real.acquire(timeout=timeout)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "_next", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            runtime.load("a")
+    assert not real._is_owned()
+    assert others_can_compute(runtime)
+
+
 def test_an_interrupt_within_the_gate_leaves_it_with_who_had_it(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
