@@ -66,8 +66,12 @@ def stored_adapter(stored: Stored) -> Adapter:
         FormatError: config or tensor file break their format.
         AdapterMismatch: a value is not finite.
     """
-    name = f"{stored.ref.name}@{stored.ref.version}"
-    return _adapter(stored.config, stored.weights, name, stored.ref.digest or "", stored.card)
+    return _adapter(stored.config, stored.weights, name_of(stored), stored.ref.digest or "", stored.card)
+
+
+def name_of(stored: Stored) -> str:
+    """What a version is called in messages and lists."""
+    return f"{stored.ref.name}@{stored.ref.version}"
 
 
 def read_adapter(folder: Path, *, name: str = "") -> Adapter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -18,12 +18,15 @@ from .factored import fit_factored, split_factors
 from .ia3 import fit_ia3, split_ia3
 from .injected import Injected, fit_injected
 from .lora import PREFIX, LoraSite, fit_lora, split_tensors
-from .pack import Group, Pack, pack, unpack
+from .pack import Group, Pack, Packing, pack, unpacked
 from .prefix import FittedPrefix, fit_prefix, prefix_shape
 from .prompt import FittedPrompt, fit_prompt
 
+if TYPE_CHECKING:
+    from .layout import Laid
+
 # Outputs of a layer are of the order of 1; float32 does not see less than this beside them.
-_LEAST_STRENGTH = 1e-9
+LEAST_STRENGTH = 1e-9
 
 
 class HeadBuilder(Protocol):
@@ -80,6 +83,8 @@ class Fitted:
     prompt: FittedPrompt | None = None
     injected: Injected | None = None
     matrices_finite: bool = False
+    laid: Laid | None = field(default=None, init=False, repr=False, compare=False)
+    """How its matrices lie, if others lie so too; a copy with something replaced has lost it."""
 
     @property
     def virtual_tokens(self) -> int:
@@ -122,9 +127,12 @@ class Fitted:
 
     def packed(self, groups: Iterable[Group]) -> Fitted:
         """The same adapter, packed for layers that share their input; `sites` become views of the packs."""
-        packs, finite = pack(self.sites, groups)
-        sites = {module: site for group, one in packs.items() for module, site in unpack(group, one)}
-        return replace(self, packs=packs, sites=sites, matrices_finite=finite)
+        return self.packing(groups)[0]
+
+    def packing(self, groups: Iterable[Group]) -> tuple[Fitted, Packing]:
+        """`packed`, and how it was done."""
+        found = pack(self.sites, groups)
+        return replace(self, packs=found.packs, sites=unpacked(found.packs), matrices_finite=found.finite), found
 
 
 def fit(adapter: Adapter, target: Target) -> Fitted:
@@ -203,15 +211,23 @@ def _fit_front(
     return others
 
 
+def strength(sites: Iterable[LoraSite]) -> float:
+    """How far sites move an output; they are looked at until one moves it enough."""
+    strongest = 0.0
+    for site in sites:
+        strongest = max(strongest, site.strength())
+        if strongest >= LEAST_STRENGTH:
+            break
+    return strongest
+
+
 def _check_effect(fitted: Fitted) -> None:
     """Refuse changes of layers that change nothing: the product of B and A is zero, or lost in float32's rounding."""
     if fitted.virtual_tokens or fitted.head is not None or not fitted.sites:
         return
-    strongest = 0.0
-    for site in fitted.sites.values():
-        strongest = max(strongest, site.strength())
-        if strongest >= _LEAST_STRENGTH:
-            return
+    strongest = strength(fitted.sites.values())
+    if strongest >= LEAST_STRENGTH:
+        return
     raise NoEffect(
         f"{fitted.name} moves no logit (the largest change of a layer is {strongest:.1g}): it does nothing.",
         "It was not trained, or its alpha is wrong.",

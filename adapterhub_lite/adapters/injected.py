@@ -108,7 +108,7 @@ def fit_injected(
     _check_indices(spec, own, modules, name)
     tree, root = Tree(), modules[""]
     with _apart(root):
-        wrapped = _wrap(spec, tree.of(root), targets, modules, name)
+        wrapped = _wrap(spec.method, spec.options, tree.of(root), targets, modules, name)
         _load(wrapped, own, root, name)
     tree.keep(root)
     live = set(root.modules())
@@ -198,7 +198,46 @@ def _apart(root: nn.Module) -> Iterator[None]:
             boft._FBD_CUDA = compiled  # type: ignore[attr-defined]
 
 
-def _wrap(spec: InjectedSpec, root: Any, targets: list[str], modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+def inject_fresh(
+    method: str, options: Mapping[str, Any], targets: list[str], modules: Mapping[str, nn.Module], name: str
+) -> tuple[Any, Tree]:
+    """Have PEFT put a new adapter around layers of a base, to be trained: PEFT's model, and the copied tree.
+
+    Args:
+        targets: names of modules.
+        modules: all modules of the base's class by name; that of the class itself is "".
+
+    Raises:
+        AdapterMismatch: PEFT finds no way to build the layers.
+        Unsupported: PEFT has no such layer for a quantised one.
+    """
+    tree, root = Tree(), modules[""]
+    with _apart(root):
+        wrapped = _wrap(method, options, tree.of(root), targets, modules, name, train=True)
+    tree.keep(root)
+    return wrapped, tree
+
+
+def saved_tensors(wrapped: Any) -> dict[str, torch.Tensor]:
+    """What PEFT would save of its model, by PEFT's keys."""
+    import peft
+
+    found: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(
+        wrapped, adapter_name=_ADAPTER, save_embedding_layers=False
+    )
+    return found
+
+
+def _wrap(
+    method: str,
+    options: Mapping[str, Any],
+    root: Any,
+    targets: list[str],
+    modules: Mapping[str, nn.Module],
+    name: str,
+    *,
+    train: bool = False,
+) -> nn.Module:
     """PEFT's model around the copy `root`, its layers as they begin."""
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -209,18 +248,18 @@ def _wrap(spec: InjectedSpec, root: Any, targets: list[str], modules: Mapping[st
     if getattr(root, "config", None) is not None:
         root.config = copy.copy(root.config)
     try:
-        kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(spec.method)]
-        config = kind(**copy.deepcopy(dict(spec.options)), target_modules=list(targets), inference_mode=True)
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
+        config = kind(**copy.deepcopy(dict(options)), target_modules=list(targets), inference_mode=not train)
         wrapped: nn.Module = peft.PeftModel(root, config, _ADAPTER)
     except Exception as error:  # of a library: a layer it does not know, sizes that do not divide
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f"{name}: PEFT cannot build its {spec.method} layers in this base: {line}"
+        message = f"{name}: PEFT cannot build its {method} layers in this base: {line}"
         if kinds & _QUANTISED:
             raise Unsupported(message, "Load the base without quantisation.") from error
-        raise AdapterMismatch(message, "It was made for another model.") from error
+        raise AdapterMismatch(message, "Choose others." if train else "It was made for another model.") from error
     for target in targets:
         if type(modules[target]).__name__ in _QUANTISED and not _knows_quantised(root.get_submodule(target)):
-            message = f"{name}: PEFT has no {spec.method} for quantised layers."
+            message = f"{name}: PEFT has no {method} for quantised layers."
             raise Unsupported(message, "Load the base without quantisation.")
     return wrapped
 
@@ -234,7 +273,7 @@ def _load(wrapped: Any, own: Mapping[str, torch.Tensor], root: nn.Module, name: 
     """Give the layers their tensors: exactly those that PEFT would save of them, none of them the base's."""
     import peft
 
-    expected = peft.get_peft_model_state_dict(wrapped, adapter_name=_ADAPTER, save_embedding_layers=False)
+    expected = saved_tensors(wrapped)
     missing, unexpected = sorted(set(expected) - set(own)), sorted(set(own) - set(expected))
     problems = [f"{key} is missing" for key in missing] + [f"{key} has no place" for key in unexpected]
     for key in sorted(set(expected) & set(own)):

@@ -52,11 +52,26 @@ class Pack:
         return tuple(t for t in (*self.gains, *self.biases, self.scale) if t is not None)
 
 
-def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> tuple[dict[Group, Pack], bool]:
+@dataclass(frozen=True)
+class Packing:
+    """An adapter packed, and how.
+
+    Attributes:
+        finite: whether that is known of all matrices.
+        copies: how each matrix came to its place.
+        room: memory of all matrices, if they share a device and dtype.
+    """
+
+    packs: dict[Group, Pack]
+    finite: bool
+    copies: list[Copy]
+    room: torch.Tensor | None
+
+
+def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> Packing:
     """Pack the sites of an adapter, in the device and dtype they are in; a site of no group is a group of its own.
 
-    So is a site that scales its input: the others of its group read that input as it is. The second value says whether
-    all matrices are known to be finite.
+    So is a site that scales its input: the others of its group read that input as it is.
     """
     packs: dict[Group, Pack] = {}
     copies: list[Copy] = []
@@ -68,7 +83,7 @@ def pack(sites: Mapping[nn.Module, LoraSite], groups: Iterable[Group]) -> tuple[
         if any(member is not None for member in members):
             packs[group] = _pack(members, room, copies)
     packs |= {(module,): _pack([site], room, copies) for module, site in left.items()}
-    return packs, copy_transposed(copies)
+    return Packing(packs, copy_transposed(copies, room.whole), copies, room.whole)
 
 
 def unpack(group: Group, packed: Pack) -> Iterator[tuple[nn.Module, LoraSite]]:
@@ -80,13 +95,19 @@ def unpack(group: Group, packed: Pack) -> Iterator[tuple[nn.Module, LoraSite]]:
             column += up.shape[0]
 
 
+def unpacked(packs: Mapping[Group, Pack]) -> dict[nn.Module, LoraSite]:
+    """The sites of all groups, as views of their packs."""
+    return {module: site for group, packed in packs.items() for module, site in unpack(group, packed)}
+
+
 class _Room:
     """Memory for the matrices of an adapter, in one piece."""
 
     def __init__(self, sites: Collection[LoraSite]) -> None:
         tensors = [tensor for site in sites for tensor in (site.down, site.unscaled)]
         alike = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
-        self._left = tensors[0].new_empty(sum(_rounded(tensor.numel()) for tensor in tensors)) if alike else None
+        self.whole = tensors[0].new_empty(sum(_rounded(tensor.numel()) for tensor in tensors)) if alike else None
+        self._left = self.whole
 
     def take(self, like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """A new matrix [rows, columns] on the device and in the dtype of `like`."""

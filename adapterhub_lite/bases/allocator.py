@@ -14,6 +14,12 @@ _MMAP_THRESHOLD = 32 * 2**20
 _KEPT = 2**30
 
 
+def return_freed_memory() -> None:
+    """Give what is free now back to the system: large tensors that were replaced once leave gaps of no use."""
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Raise glibc's thresholds for returning memory; False where the allocator is another one."""
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":

@@ -35,7 +35,22 @@ def fuse(modules: tuple[nn.Module, ...]) -> FusedWeight | None:
 
 
 def _below_each_other(modules: tuple[nn.Module, ...], weights: list[torch.Tensor]) -> torch.Tensor:
+    already = _as_one(weights)
+    if already is not None:
+        return already
     whole = torch.cat(weights)
     for module, view in zip(modules, torch.split(whole, [w.shape[0] for w in weights]), strict=True):  # type: ignore[no-untyped-call]
         module.weight = nn.Parameter(view, requires_grad=False)
     return whole
+
+
+def _as_one(weights: list[torch.Tensor]) -> torch.Tensor | None:
+    """The whole of which `weights` are views from top to bottom; whoever else fused the layers holds the same one."""
+    first = weights[0]
+    ends = [first.storage_offset()]
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not weight.is_contiguous() or weight.storage_offset() != ends[-1]:
+            return None
+        ends.append(ends[-1] + weight.numel())
+    return first.as_strided((sum(w.shape[0] for w in weights), first.shape[1]), (first.shape[1], 1))

@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 # Names within one parent module, in the order in which their outputs are laid side by side.
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+_TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+)
 
 
 def sibling_groups(model: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:

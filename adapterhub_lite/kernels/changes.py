@@ -54,6 +54,14 @@ class Change(ctypes.Structure):
     ]
 
 
+def address_fields(count: int) -> torch.Tensor:
+    """Which of the 8-byte fields of so many changes hold an address: [count * fields] bool."""
+    pointers = [field[1] is ctypes.c_void_p for field in Change._fields_[:-1]]
+    pointers += [field[1] is ctypes.c_void_p for field in _Member._fields_] * _MEMBERS
+    assert len(pointers) * 8 == ctypes.sizeof(Change)
+    return torch.tensor(pointers).repeat(count)
+
+
 def change_of(matrices: Matrices | None) -> Change:
     """What the native products read of an adapter; nothing of None."""
     if matrices is None:

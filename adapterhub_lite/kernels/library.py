@@ -23,16 +23,43 @@ from ..places import cache_root
 
 # No -ffast-math: it would make the whole process flush denormal numbers to zero.
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
-_SOURCES = ("vectors.h", "work.h", "wide.c", "lanes.c", "forward.c", "matrices.c")
+_HEADERS = ("vectors.h", "work.h", "tall.h", "training.h", "training_panels.h", "training_attention.h")
+_SOURCES = (
+    *_HEADERS, "wide.c", "lanes.c", "forward.c", "matrices.c", "tall.c", "ragged.c", "encoder.c",
+    "training.c", "training_loss.c", "training_attention.c", "training_attention_back.c",
+)  # fmt: skip
 # p: pointer, l: long, i: int, f: float
 _SIGNATURES = {
     "ahl_linear": "pllpippplpi",
     "ahl_change": "pllpplppplpli",
-    "ahl_transpose": "pl",
+    "ahl_transpose": "plpl",
     "ahl_all_finite": "pl",
     "ahl_forward": "pppppplpppii",
+    "ahl_encode": "pppppppi",
+    "ahl_wide_registers": "",
+    "ahl_norm": "pi",
+    "ahl_norm_back": "ppppppllii",
+    "ahl_gated": "ipllpi",
+    "ahl_gated_back": "ippllppi",
+    "ahl_activate": "ipplpi",
+    "ahl_rotate": "pllpplllii",
+    "ahl_drop": "ppllpi",
+    "ahl_cross_entropy": "ppllpii",
+    "ahl_attend": "pi",
+    "ahl_attend_back": "pi",
+    "ahl_are_spans": "plll",
 }
-_ANSWERS = frozenset({"ahl_all_finite", "ahl_transpose"})
+_ANSWERS = frozenset(
+    {
+        "ahl_all_finite",
+        "ahl_transpose",
+        "ahl_wide_registers",
+        "ahl_cross_entropy",
+        "ahl_attend",
+        "ahl_attend_back",
+        "ahl_are_spans",
+    }
+)
 _SECONDS = 120
 
 

@@ -1,24 +1,22 @@
 /* What a new adapter goes through: transposed copies of float32 matrices, and whether every value is a number. */
 
 #include "vectors.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
-/* v becomes its transpose: in four rounds, blocks of 8, 4, 2 and 1 change places. */
-INLINE void turn(vec *v) {
-#pragma GCC unroll 4
-    for (int d = 8; d; d /= 2) {
-        ints low, high;
-        for (int p = 0; p < LANES; p++) {
-            low[p] = p & d ? LANES + p - d : p;
-            high[p] = p & d ? LANES + p : p + d;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & d)) {
-                vec a = v[i], b = v[i + d];
-                v[i] = __builtin_shuffle(a, b, low);
-                v[i + d] = __builtin_shuffle(a, b, high);
-            }
-    }
+#define PIECE (1 << 20)
+
+/* Gives the next piece of new memory its pages at once, where the system can: one by one, when they are first written,
+   they take half as long again. Returns where the rest begins. Pages that are there stay as they are. */
+static char *fault_in(char *from, char *end) {
+    char *next = (char *)(((uintptr_t)from + PIECE) & ~(uintptr_t)(PIECE - 1));
+    if (next > end) next = end;
+#ifdef MADV_POPULATE_WRITE
+    char *page = (char *)((uintptr_t)from & ~(uintptr_t)4095);
+    if (madvise(page, next - page, MADV_POPULATE_WRITE)) return end; /* they come when they are written, as ever */
+#endif
+    return next;
 }
 
 typedef struct {
@@ -29,12 +27,15 @@ typedef struct {
     double factor;
 } copy;
 
-/* to [columns, stride] = factor times the transpose of from [rows, columns], for each of some copies. Returns whether no
-   value that was written is NaN or infinite. */
-int ahl_transpose(const copy *copies, long count) {
+/* to [columns, stride] = factor times the transpose of from [rows, columns], for each of some copies. room: `bytes` of
+   memory, or none, that may be new and in which they lie one after another. Returns whether no value that was written
+   is NaN or infinite. */
+int ahl_transpose(const copy *copies, long count, char *room, long bytes) {
     vec odd = {0};
     float rest = 0;
+    char *new = room, *end = room + bytes;
     for (const copy *c = copies; c < copies + count; c++) {
+        while (new < end && new < (char *)(c->to + (c->columns - 1) * c->stride + c->rows)) new = fault_in(new, end);
         float factor = (float)c->factor;
         long whole_rows = c->rows / LANES * LANES, whole = c->columns / LANES * LANES;
         for (long row = 0; row < whole_rows; row += LANES)

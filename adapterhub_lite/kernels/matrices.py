@@ -31,17 +31,22 @@ class _Copy(ctypes.Structure):
     ]
 
 
-def copy_transposed(copies: Sequence[Copy]) -> bool:
+_SOURCE, _TARGET = 0, 3  # fields of a copy
+
+
+def copy_transposed(copies: Sequence[Copy], room: torch.Tensor | None = None) -> bool:
     """Make the copies; whether all values are known to be finite.
 
     Native for float32 on a CPU where the values of a row stand side by side; else by torch.
+
+    Args:
+        room: new memory in which the targets lie one after another.
     """
     functions = library().functions
     native = [one for one in copies if functions is not None and _is_plain(one.source, one.target)]
     known = len(native) == len(copies)
-    if functions is not None and native:
-        table = (_Copy * len(native))(*map(_entry, native))
-        known = bool(functions.ahl_transpose(ctypes.addressof(table), len(native))) and known
+    if native:
+        known = _turn((_Copy * len(native))(*map(_entry, native)), room) and known
     if len(native) < len(copies):
         for one in copies:
             if functions is None or not _is_plain(one.source, one.target):
@@ -49,6 +54,54 @@ def copy_transposed(copies: Sequence[Copy]) -> bool:
                 if one.factor != 1.0:
                     one.target.mul_(one.factor)
     return known
+
+
+class CopyTable:
+    """Native copies whose sources lie in one buffer and whose targets in another, to be made in other such buffers."""
+
+    def __init__(self, copies: Sequence[Copy], source: torch.Tensor, target: torch.Tensor) -> None:
+        table = (_Copy * len(copies))(*map(_entry, copies))
+        self._places = _numbers(table).clone()
+        self._places[:, _SOURCE] -= source.data_ptr()
+        self._places[:, _TARGET] -= target.data_ptr()
+
+    @staticmethod
+    def possible(copies: Sequence[Copy], source: torch.Tensor, target: torch.Tensor) -> bool:
+        """Whether all copies are native ones, out of `source` into `target`."""
+        return library().functions is not None and all(
+            _is_plain(one.source, one.target) and _is_inside(one.source, source) and _is_inside(one.target, target)
+            for one in copies
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> bool:
+        """`copy_transposed` from one buffer to another; both are as large as those that this was made of."""
+        table = (_Copy * len(self))()
+        numbers = _numbers(table)
+        numbers.copy_(self._places)
+        numbers[:, _SOURCE] += source.data_ptr()
+        numbers[:, _TARGET] += target.data_ptr()
+        return _turn(table, target)
+
+
+def _turn(table: ctypes.Array[_Copy], room: torch.Tensor | None) -> bool:
+    functions = library().functions
+    assert functions is not None
+    place, size = (None, 0) if room is None else (room.data_ptr(), room.nbytes)
+    return bool(functions.ahl_transpose(ctypes.addressof(table), len(table), place, size))
+
+
+def _numbers(table: ctypes.Array[_Copy]) -> torch.Tensor:
+    """The table as [copies, fields] int64, in its own memory."""
+    return torch.frombuffer(table, dtype=torch.int64).view(len(table), -1)
+
+
+def _is_inside(tensor: torch.Tensor, buffer: torch.Tensor) -> bool:
+    begin = tensor.data_ptr() - buffer.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 0 and begin >= 0 and begin + (last + 1) * tensor.itemsize <= buffer.nbytes
 
 
 def _entry(one: Copy) -> _Copy:

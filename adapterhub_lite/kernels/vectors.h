@@ -60,6 +60,25 @@ INLINE vec load_part(const float *p, long count, float rest) {
     return v;
 }
 
+/* v becomes its transpose: in four rounds, blocks of 8, 4, 2 and 1 change places. */
+INLINE void turn(vec *v) {
+#pragma GCC unroll 4
+    for (int d = 8; d; d /= 2) {
+        ints low, high;
+        for (int p = 0; p < LANES; p++) {
+            low[p] = p & d ? LANES + p - d : p;
+            high[p] = p & d ? LANES + p : p + d;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & d)) {
+                vec a = v[i], b = v[i + d];
+                v[i] = __builtin_shuffle(a, b, low);
+                v[i + d] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
 /* e^v, to within 2 units in the last place; below -87 it is 0, above 88 infinity, and NaN stays NaN.
    v = n ln 2 + r with |r| <= ln 2 / 2; e^r by its series to the 7th power (Cody and Waite's reduction). */
 INLINE vec exponential(vec v) {

@@ -15,7 +15,8 @@ from . import files
 from .fields import read_section
 from .nodes import MAX_BYTES, Node, Scalar, Table, from_python, join, parse
 from .readers import At
-from .schema import LEARNING_RATES, FileData, Recipe
+from .schema import FileData, Recipe
+from .training import LEARNING_RATES
 
 Overrides = Mapping[str, object] | Sequence[str]
 _ABOUT_RECIPE = ("source", "folder", "sha256")
@@ -47,6 +48,24 @@ def load_recipe(name_or_path: str | Path, overrides: Overrides = (), *, check_fi
     if recipe is None or problems:
         raise RecipeError(source, problems[:_MOST])
     return recipe
+
+
+def changed_recipe(recipe: Recipe, overrides: Overrides) -> Recipe:
+    """A recipe that is read already with other values, checked like a new one.
+
+    Raises:
+        RecipeError: every problem at once.
+    """
+    problems: list[Problem] = []
+    root = from_python(recipe_dict(recipe), problems, "recipe")
+    found: Recipe | None = None
+    if root is not None:
+        _override(root, overrides, problems)
+        about = {key: getattr(recipe, key) for key in _ABOUT_RECIPE}
+        found = read_section(At(root, "recipe", problems), Recipe, defaults=about)
+    if found is None or problems:
+        raise RecipeError(recipe.source, problems[:_MOST])
+    return found
 
 
 def list_recipes() -> list[tuple[str, str, Path]]:
@@ -89,7 +108,8 @@ def _find(wanted: str | Path) -> Path:
     is_path = path.suffix in {".yaml", ".yml"} or "/" in text or "\\" in text
     if is_path:
         raise _not_found(text, path.name, _neighbours(path))
-    raise _not_found(text, text, [name for name, _, _ in list_recipes()])
+    more = " `ahl recipes` says what the built-in ones do."
+    raise _not_found(text, text, [name for name, _, _ in list_recipes()], more)
 
 
 def _neighbours(path: Path) -> list[str]:
@@ -99,11 +119,11 @@ def _neighbours(path: Path) -> list[str]:
         return []
 
 
-def _not_found(text: str, name: str, known: list[str]) -> NotFound:
-    near = get_close_matches(name[:200], known, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known[:20])}." if known else ""
+def _not_found(text: str, name: str, known: list[str], more: str = "") -> NotFound:
+    near = get_close_matches(name[:200].lower(), known, n=3 if more else 1)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[:20])}." if known else ""
     hint = hint or "Pass a built-in name or the path of a .yaml file."
-    return NotFound(f"There is no recipe {ascii(text)[:200]}.", hint)
+    return NotFound(f"There is no recipe {ascii(text)[:200]}.", hint + more)
 
 
 def _headline(path: Path) -> str:

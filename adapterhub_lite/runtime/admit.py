@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..adapters.adapter import Adapter, stored_adapter
+from ..adapters.adapter import Adapter, name_of, stored_adapter
 from ..adapters.fit import Fitted, Target, fit
+from ..adapters.layout import Layouts
+from ..adapters.pack import Packing
+from ..bases.front import hidden_front
 from ..bases.load import Base
 from ..bases.quantization import dense_weight
 from ..errors import AdapterMismatch, BaseMismatch, EffectChanged, Unsupported
@@ -49,6 +52,10 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
         AdapterMismatch: it does not fit exactly.
         Unsupported: something before the text of a class that has no place for it.
     """
+    return _fit_and_pack(adapter, base)[0]
+
+
+def _fit_and_pack(adapter: Adapter, base: Base) -> tuple[Fitted, Packing]:
     if base.kind == "seq2seq" and adapter.spec.task_type == "SEQ_CLS" and isinstance(adapter.spec, _FRONTS):
         kind = "prefix" if isinstance(adapter.spec, PrefixSpec) else "prompt"
         raise Unsupported(
@@ -57,32 +64,32 @@ def fit_to_base(adapter: Adapter, base: Base) -> Fitted:
         )
     if base.kind == "causal" and isinstance(adapter.spec, _FRONTS):
         _check_front(adapter.name, base)
-    fitted = fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype).packed(base.siblings)
+    found = fit(adapter, target_of(base, adapter.spec.task_type)).to(base.device, base.dtype)
+    fitted, packing = found.packing(base.siblings)
     if not fitted.finite:  # zero times infinity would reach the other rows of a batch
         raise AdapterMismatch(
             f"{adapter.name}: its scale makes infinity of its tensors in {base.choices['dtype'].value}.",
             "Load the base in float32, or do not use it: the training diverged.",
         )
+    return fitted, packing
+
+
+def _fit_stored(stored: Stored, base: Base) -> Fitted:
+    """Fit a stored version, by the way that one of its shape has gone before if there was one."""
+    layouts: Layouts = base.derived.setdefault("layouts", Layouts())
+    again = layouts.fitted(stored, name_of(stored))
+    if again is not None:
+        return again
+    fitted, packing = _fit_and_pack(stored_adapter(stored), base)
+    layouts.note(stored, fitted, packing)
     return fitted
 
 
 def _check_front(name: str, base: Base) -> None:
-    """Raise Unsupported where what stands before a text would reach it by its row's neighbours, or not at all.
-
-    Where a longer neighbour puts padding between the two, padding takes part of an attention window.
-    """
-    config = base.config
-    window, limit = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
-    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
-    if window and (limit is None or int(window) < int(limit)):
-        what = f"an attention window of {window} tokens"
-    elif kinds - {"full_attention", "global"}:
-        what = f"layers that do not attend to all tokens ({', '.join(sorted(kinds))})"
-    elif not hasattr(config, "num_attention_heads"):
-        what = "no keys and values that it could be"
-    else:
-        return
-    raise Unsupported(f"{name} stands before the text, and {base.name} has {what}.", "Use a LoRA or IA3 adapter.")
+    """Raise Unsupported where what stands before a text would reach it by its row's neighbours, or not at all."""
+    what = hidden_front(base.config)
+    if what:
+        raise Unsupported(f"{name} stands before the text, and {base.name} has {what}.", "Use a LoRA or IA3 adapter.")
 
 
 def admit(store: Store, ref: Ref, base: Base) -> Admitted:
@@ -99,7 +106,7 @@ def admit(store: Store, ref: Ref, base: Base) -> Admitted:
         remark = compare_base(str(ref), card.base, base)
         if not remark and "claimed_origin" in card.origin:
             remark = f"{ref} was imported: that it was made for this base is what its card claims."
-        return Admitted(fit_to_base(stored_adapter(stored), base), card, remark)
+        return Admitted(_fit_stored(stored, base), card, remark)
 
     with collector_paused():
         return store.read_while(ref, fitted)

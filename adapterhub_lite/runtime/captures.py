@@ -21,9 +21,10 @@ _WARMUPS = 2
 
 
 class Capture(Protocol):
-    """Makes of a step what does the same, in the same buffers, and faster."""
+    """Makes of a step what does the same, in the same buffers, and faster; `slow`: it takes seconds or more."""
 
     name: str
+    slow: bool
 
     def __call__(self, step: Step) -> Step:
         """May run the step some times: what a step does twice is as if done once."""
@@ -49,7 +50,7 @@ class CudaGraphs:
     Each run of a graph writes over what the run before, of any graph, has returned.
     """
 
-    name = "CUDA graphs"
+    name, slow = "CUDA graphs", False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -81,7 +82,7 @@ class CudaGraphs:
 class Compiled:
     """By torch.compile, with every shape fixed and no part left to Python."""
 
-    name = "torch.compile"
+    name, slow = "torch.compile", True
 
     def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
         self._backend = backend

@@ -19,6 +19,7 @@ from .batch import BatchPlan, Composer
 from .forward import class_logits, token_logits
 from .prompting import check_lengths, position_limit
 from .sites import SiteHooks
+from .texts import tokenizer_lock
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -189,7 +190,8 @@ def _layer_change(fitted: Fitted) -> float:
 def _ids(base: Base, fitted: Fitted, text: str) -> list[int]:
     limit = position_limit(base)
     room = _LONGEST if limit is None else min(_LONGEST, limit - fitted.virtual_tokens)
-    return list(base.tokenizer(text, truncation=True, max_length=max(room, 1))["input_ids"])
+    with tokenizer_lock(base):
+        return list(base.tokenizer(text, truncation=True, max_length=max(room, 1))["input_ids"])
 
 
 def _decoder_rows(rows: Sequence[list[int]]) -> list[list[int]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..adapters.fit import Fitted
+from ..adapters.layout import Laid, Layout
 from ..adapters.pack import Group, Pack
 from ..adapters.sites import features
 from ..bases.load import Base
-from ..kernels.changes import Change, Matrices, RowChanges, change_of
+from ..kernels.changes import Change, Matrices, RowChanges, address_fields, change_of
 from ..kernels.forward import Batch
 from ..kernels.library import library
 from .batch import BatchPlan, Row
@@ -92,8 +93,25 @@ class NativeChanges:
         return self._groups[group]
 
 
-# The tables that native code reads, kept as long as the adapter is: to make one takes longer than a token.
-_TABLES: MutableMapping[Fitted, tuple[object, Any, int, bool]] = WeakIdKeyDictionary()  # type: ignore[assignment]
+class Table(NamedTuple):
+    """What native code reads of an adapter, at every site.
+
+    Attributes:
+        numbers: the memory of one `Change` after another, as int64.
+        kept: what holds the matrices that were copied for it.
+        width: the most columns at a site.
+        scales: whether an input is scaled.
+    """
+
+    numbers: torch.Tensor
+    kept: object
+    width: int
+    scales: bool
+
+
+# Kept as long as the adapter, or the layout, is: to make one takes longer than a token.
+_TABLES: MutableMapping[Fitted, Table] = WeakIdKeyDictionary()  # type: ignore[assignment]
+_LAID: MutableMapping[Layout, tuple[torch.Tensor, torch.Tensor, int]] = WeakIdKeyDictionary()  # type: ignore[assignment]
 
 
 def _batch(rows: Sequence[Row], sites: Sequence[Group]) -> Batch:
@@ -103,27 +121,37 @@ def _batch(rows: Sequence[Row], sites: Sequence[Group]) -> Batch:
     tables = [_table(adapter, sites) for adapter in adapters.values()]
     changes = (Change * (len(sites) * len(tables)))()
     size = ctypes.sizeof(Change) * len(sites)
-    for i, (_, table, _, _) in enumerate(tables):
-        ctypes.memmove(ctypes.addressof(changes) + i * size, table, size)
+    for i, table in enumerate(tables):
+        ctypes.memmove(ctypes.addressof(changes) + i * size, table.numbers.data_ptr(), size)
     numbers = {key: number for number, key in enumerate(adapters)}
     owners = tuple(numbers.get(id(row), -1) for row in rows)
-    return Batch(owners, changes, max(width for *_, width, _ in tables), any(scales for *_, scales in tables))
+    return Batch(owners, changes, max(table.width for table in tables), any(table.scales for table in tables))
 
 
-def _table(adapter: Fitted, sites: Sequence[Group]) -> tuple[object, Any, int, bool]:
-    """The matrices of an adapter, their addresses site by site, the most columns, whether it scales an input."""
+def _table(adapter: Fitted, sites: Sequence[Group]) -> Table:
     found = _TABLES.get(adapter)
     if found is None:
-        made = [_matrices(adapter.packs[group]) if group in adapter.packs else None for group in sites]
-        some = [one for one in made if one is not None]
-        table = (Change * len(sites))(*map(change_of, made))
-        found = _TABLES[adapter] = (
-            made,
-            table,
-            max((int(one.down.shape[1]) for one in some), default=0),
-            any(one.scale is not None for one in some),
-        )
+        laid = adapter.laid
+        found = _TABLES[adapter] = _made(adapter, sites) if laid is None else _moved(adapter, laid, sites)
     return found
+
+
+def _made(adapter: Fitted, sites: Sequence[Group]) -> Table:
+    made = [_matrices(adapter.packs[group]) if group in adapter.packs else None for group in sites]
+    some = [one for one in made if one is not None]
+    numbers = torch.frombuffer((Change * len(sites))(*map(change_of, made)), dtype=torch.int64)
+    width = max((int(one.down.shape[1]) for one in some), default=0)
+    return Table(numbers, made, width, any(one.scale is not None for one in some))
+
+
+def _moved(adapter: Fitted, laid: Laid, sites: Sequence[Group]) -> Table:
+    """The table of an adapter that lies as another does: every address is as far from the begin of its memory."""
+    if laid.layout not in _LAID:
+        first = _made(adapter, sites)
+        addresses = (address_fields(len(sites)) & (first.numbers != 0)).long()
+        _LAID[laid.layout] = first.numbers - addresses * laid.room.data_ptr(), addresses, first.width
+    places, addresses, width = _LAID[laid.layout]
+    return Table(places + addresses * laid.room.data_ptr(), None, width, scales=False)
 
 
 def _matrices(pack: Pack) -> Matrices:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..bases.llama import FAMILIES, rope_follows_length
 from ..bases.load import Base
 from .batch import BatchPlan
 from .changes import Changes, NativeChanges, changes_of
@@ -22,7 +23,6 @@ from .native import native_forward
 from .products import Site, pack_sites
 from .window import Window, WindowShape
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _PROBE_TOKENS = 12
 # Largest difference of a logit from the model's own forward, as a share of the largest logit: rounding, not meaning.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -158,18 +158,12 @@ def decoder_of(base: Base) -> Decoder | None:
 
 def _make(base: Base) -> Decoder | None:
     config = base.config
-    if base.kind != "causal" or config.model_type not in _FAMILIES:
+    if base.kind != "causal" or config.model_type not in FAMILIES:
         return None
-    if _slides(config) or _rope_follows_length(config):
+    if _slides(config) or rope_follows_length(config):
         return None
     decoder = Decoder(base)
     return decoder if _agrees(base, decoder) else None
-
-
-def _rope_follows_length(config: Any) -> bool:
-    """Whether the angles of all rows change with the longest one, as they must not in a batch of strangers."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
 
 
 def _slides(config: Any) -> bool:

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..adapters.fit import Fitted
+from ..adapters.pack import Group
 from ..bases.load import Base
 from .batch import BatchPlan
 from .decoder import BOUNDS
+from .native_encoder import native_encoder
 from .prompting import position_limit
 from .side_by_side import Layout, Run, Span, SpanSite, lay_out, tags_tokens
 
@@ -42,6 +44,12 @@ class Layer:
     act: nn.Module
     down: SpanSite
     norm: nn.Module
+
+    @property
+    def sites(self) -> tuple[Group, Group, Group, Group]:
+        """The linear layers, by input: q, k and v; out; up; down."""
+        three = tuple(module for site in self.qkv for module in site.modules)
+        return three, self.out.modules, self.up.modules, self.down.modules
 
 
 class Encoder:
@@ -68,6 +76,7 @@ class Encoder:
         sites += [site for site in (self.project, self.pool) if site is not None]
         self._alone = {site.modules[0] for site in sites if len(site.modules) == 1}
         self._known = {module for site in sites for module in site.modules}
+        self.native = native_encoder(self)
 
     def knows(self, plan: BatchPlan, rows: Sequence[list[int]]) -> bool:
         """Whether all layers that a plan changes are layers of this forward, and all rows fit its positions."""
@@ -89,9 +98,20 @@ class Encoder:
     def __call__(self, plan: BatchPlan, rows: Sequence[list[int]]) -> list[torch.Tensor]:
         """What each row's own head gives, as `class_logits` says."""
         layout = lay_out(plan, rows, self.base.device)
-        x = self._embed(layout)
-        if self.project is not None:
-            x = self.project(x, layout.spans)
+        native = self.native if self.native is not None and self.native.knows(plan) else None
+        positions = self._positions(layout)
+        if native is not None and native.embeds(layout, positions):
+            x = native(([i for row in layout.ids for i in row], positions), layout, plan)
+        else:
+            x = self._embed(layout, positions)
+            x = native(x, layout, plan) if native is not None else self._layers(x, layout)
+        found = [x.new_empty(0) for _ in rows]
+        for i, made in zip(layout.order, self._labels(x, layout.runs), strict=True):
+            found[i] = made
+        return found
+
+    def _layers(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """What leaves the last layer at the tokens that heads read, by torch."""
         for i, layer in enumerate(self.layers[:-1]):
             q, k, v = layer.qkv[0](x, layout.spans).chunk(3, -1)
             seen = self._attend(i, q, k, v, layout, read=False)
@@ -100,27 +120,27 @@ class Encoder:
         k, v = layer.qkv[1](x, layout.spans).chunk(2, -1)
         x = x if layout.read is None else x.index_select(0, layout.read)
         seen = self._attend(len(self.layers) - 1, layer.qkv[0](x, layout.read_spans), k, v, layout, read=True)
-        x = _after_attention(layer, x, seen, layout.read_spans)
-        found = [x.new_empty(0) for _ in rows]
-        for i, made in zip(layout.order, self._labels(x, layout.runs), strict=True):
-            found[i] = made
-        return found
+        return _after_attention(layer, x, seen, layout.read_spans)
 
-    def _embed(self, layout: Layout) -> torch.Tensor:
-        """Embeddings [tokens, width] of virtual tokens and texts."""
+    def _positions(self, layout: Layout) -> list[int]:
+        positions: list[int] = []
+        for run in layout.runs:
+            first = self.first_position + (run.fitted.prefix.tokens if run.fitted.prefix else 0)
+            positions += [*range(first, first + run.length)] * run.rows
+        return positions
+
+    def _embed(self, layout: Layout, positions: Sequence[int]) -> torch.Tensor:
+        """What the layers are given [tokens, hidden]: virtual tokens and texts."""
         embeddings, device = self.embeddings, self.base.device
         x = embeddings.word_embeddings(torch.tensor([i for row in layout.ids for i in row], device=device))
         if any(run.fitted.prompt for run in layout.runs):
             texts = x.split([run.rows * run.tokens for run in layout.runs])
             x = torch.cat([_behind(run, text) for run, text in zip(layout.runs, texts, strict=True)])
-        positions: list[int] = []
-        for run in layout.runs:
-            first = self.first_position + (run.fitted.prefix.tokens if run.fitted.prefix else 0)
-            positions += [*range(first, first + run.length)] * run.rows
         kinds = getattr(embeddings, "token_type_embeddings", None)
         x = x if kinds is None else x + kinds.weight[0]
         x = x + embeddings.position_embeddings(torch.tensor(positions, device=device))
-        return cast(torch.Tensor, embeddings.LayerNorm(x))
+        x = cast(torch.Tensor, embeddings.LayerNorm(x))
+        return x if self.project is None else self.project(x, layout.spans)
 
     def _attend(
         self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, *, read: bool

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
 
 from ..adapters.adapter import WEIGHTS_FILE
 from ..adapters.fit import Fitted
@@ -17,22 +16,24 @@ from ..formats.safetensors_header import read_header
 from ..formats.specs import InjectedSpec, PromptSpec
 from ..names import Ref
 from ..store import Store
-from ..tasks.registry import make_task
 from ..tasks.task import Task
 from .admit import Admitted, admit, prove
 from .ahead import Ahead
 from .batch import BatchPlan
+from .budget import Budget
 from .memo import Memo
-from .mixes import Chosen, MixRef, mix, resolve_mix
+from .mixes import MixRef, mix
+from .own_forward import flattening
+from .prefill import PIECE
+from .references import References
 from .remark import remark
 from .sites import SiteHooks
-from .slots import Slots
 from .static_rows import Static
 from .texts import tokenizer_lock
-from .tiers import BoundedComposer, Prefetch, Residence, device_budget, host_tier
+from .tiers import BoundedComposer, HostTier, Prefetch, Residence, device_budget, host_tier
 
 
-class Engine:
+class Engine(References):
     """Base, store, slots and hooks of one runtime. Knows references and token rows, not texts."""
 
     def __init__(
@@ -51,10 +52,11 @@ class Engine:
         self.base = base
         self.store = store
         self.batch_size = batch_size
-        self.slots = Slots(slots, device_budget(memory, base.device))
+        self.piece = PIECE
+        self.static = Static(base, compile, on_event, self._room_beside)
+        self.slots = Budget(slots, device_budget(memory, base.device), lambda: self.static.nbytes)
         self.host = host_tier(host_memory, base.device)
         self.hooks = SiteHooks()
-        self.static = Static(base, compile, on_event)
         self.composer = BoundedComposer(lambda: self.slots.free - self.ahead.nbytes)
         self.tasks: dict[str, Task | None] = {}
         self._prefetch = Prefetch()
@@ -70,55 +72,23 @@ class Engine:
         self._closed = False
 
     def close(self) -> None:
-        """Take the hooks off the base and refuse every later batch: without hooks it would answer as the bare base."""
+        """Take the hooks off the base and refuse every later batch: without hooks it would answer as the bare base.
+
+        Adapters are let go, but for those of a batch that runs.
+        """
         self._closed = True
         self._prefetch.close()
         self.ahead.close()
         self.hooks.remove()
-
-    # -- which adapter -------------------------------------------------------------------------------------------
-
-    def resolve(self, ref: Chosen) -> Ref | None:
-        """The version a reference names now, or the mix that weights of some make; None is the bare base."""
-        return self.resolve_all([ref])[0]
-
-    def resolve_all(self, chosen: Sequence[Chosen]) -> list[Ref | None]:
-        """`resolve` for some at once: what is named twice is the same version both times."""
-        known: dict[str | Ref, Ref | None] = {}
-
-        def one(ref: Any) -> Ref | None:
-            if ref is None or (isinstance(ref, Ref) and ref.digest is not None):
-                return ref
-            if not isinstance(ref, str | Ref):
-                raise Unsupported(
-                    f"{ref!r} is not an adapter.", "Write name, name@3 or name:prod, or None for the base."
-                )
-            if ref not in known:
-                known[ref] = self.store.resolve(ref)
-            return known[ref]
-
-        return [resolve_mix(ref, one) if isinstance(ref, Mapping) else one(ref) for ref in chosen]
-
-    def named(self, ref: Chosen) -> tuple[Ref, str]:
-        """A reference that must name an adapter, and its digest."""
-        resolved = self.resolve(ref)
-        if resolved is None:
-            raise Unsupported("That is the bare base, which is always there.", "Name an adapter.")
-        assert resolved.digest is not None
-        return resolved, resolved.digest
-
-    def task(self, ref: Chosen) -> Task | None:
-        """The task an adapter was trained for, if its card says; a mix has that of its head, or heaviest member."""
-        resolved, digest = self.named(ref)
-        with suppress(KeyError):  # asked for once: another thread may forget it
-            return self.tasks[digest]
-        if isinstance(resolved, MixRef):
-            return self.task(resolved.heaviest)
-        if resolved.version is None:
-            raise NotFound(f"{resolved} was never stored and has left its slot.", "Attach it again, or raise slots.")
-        config = self.store.card(resolved).task
-        found = self.tasks[digest] = make_task(config) if config.get("type") else None
-        return found
+        self.static.close()
+        held = {fitted.digest for fitted in self.slots.resident()}
+        if self.host is not None:
+            held |= {image.fitted.digest for image in self.host.resident()}
+        for digest in held:
+            self.slots.unpin(digest)
+            with suppress(CapacityError):
+                self._drop(digest)
+        self.tasks.clear()
 
     # -- bringing in ---------------------------------------------------------------------------------------------
 
@@ -136,6 +106,7 @@ class Engine:
     def keep(self, fitted: Fitted) -> None:
         """Make a fitted adapter resident."""
         self._say_slow(fitted)  # first: a listener that raises must find nothing changed
+        self.check_open()  # it may have been closed while this was on its way
         size = fitted.nbytes
         for out in self.slots.make_room(fitted.digest, fitted.name, size):
             self._forget(out)
@@ -143,23 +114,20 @@ class Engine:
         self.slots.put(fitted)
         self._viewed.add(fitted.task_type)
         self.hooks.cover(fitted.sites)
-        if self._closed:  # while it was on its way
+        if self._closed:  # by the collector, in between
             self.hooks.remove()
         if self.host is not None and fitted.injected is None:  # layers of PEFT are bound to the device
-            self.host.put(fitted)
+            self._put_in_host(self.host, fitted)
 
     def drop(self, ref: Ref) -> bool:
-        """Let an adapter leave the memory of device and host; False if it was in neither."""
+        """Let an adapter leave the memory of device and host, and come in by no prefetch; False if it was nowhere."""
         assert ref.digest is not None
-        resident = self.slots.drop(ref.digest)
-        in_host = self.host is not None and self.host.drop(ref.digest)
-        self._forget(ref.digest)
-        return in_host or resident
+        dropped = self._drop(ref.digest)
+        return self._prefetch.drop(ref.digest) or dropped
 
     def prefetch(self, refs: Iterable[Ref]) -> None:
         """Begin to bring adapters in beside what runs; see `Prefetch`."""
-        if self._closed:
-            raise Unsupported("This runtime is closed.", "Make a new one.")
+        self.check_open()
         for ref in refs:
             assert ref.digest is not None
             if isinstance(ref, MixRef):
@@ -251,6 +219,20 @@ class Engine:
             self._alone[digest] = isinstance(self.store.spec(ref), InjectedSpec)
         return self._alone.get(digest, False)
 
+    def _drop(self, digest: str) -> bool:
+        resident = self.slots.drop(digest)
+        in_host = self.host is not None and self.host.drop(digest)
+        self._forget(digest)
+        return in_host or resident
+
+    def _put_in_host(self, host: HostTier, fitted: Fitted) -> None:
+        """Keep a copy in the host's memory; what goes out for it and is nowhere else is forgotten."""
+        before = [image.fitted.digest for image in host.resident()]
+        host.put(fitted)
+        for digest in before:
+            if digest not in host and digest not in self.slots:
+                self._forget(digest)
+
     def _forget(self, digest: str) -> None:
         self.composer.forget(digest)
         self._arriving.pop(digest, None)
@@ -273,17 +255,22 @@ class Engine:
 
     def _install(self, ref: Ref) -> None:
         with self.base.lock, tokenizer_lock(self.base):
-            if not self._closed:
+            # Whoever used it meanwhile took it from the prefetch, and may have unloaded it since.
+            if not self._closed and str(ref.digest) in self._prefetch:
                 self.base.check_free()
                 self.fitted(ref)
+
+    def _room_beside(self, size: int) -> None:
+        """Raise CapacityError where buffers of a decode step cannot have so many bytes more."""
+        self.slots.check_beside(size, self.ahead.nbytes)
+        self.composer.trim(self.slots.free - self.ahead.nbytes - size)
 
     # -- batches -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def plan(self, rows: Sequence[Ref | None]) -> Iterator[BatchPlan]:
         """The plan of one batch, whose adapters stay resident while the block runs."""
-        if self._closed:
-            raise Unsupported("This runtime is closed.", "Make a new one.")
+        self.check_open()
         self.base.check_free()
         digests = {r.digest for r in rows if r is not None and r.digest is not None}
         with self.slots.lease(digests):
@@ -340,8 +327,9 @@ class Engine:
     def group(self, row: Ref | None) -> tuple[int, str]:
         """Rows of different groups cannot share a batch.
 
-        An encoder-decoder's prefixes must have one length, and layers of PEFT are those of one adapter.
+        An encoder-decoder's prefixes must have one length, layers of PEFT are those of one adapter, and so is a batch
+        of a base with layers that see the tokens of all rows as one list.
         """
-        alone = str(row.digest) if row is not None and self._runs_alone(row) else ""
+        apart = row is not None and (self._runs_alone(row) or flattening(self.base))
         prefix = self.fitted(row).prefix if self.base.kind == "seq2seq" and row is not None else None
-        return (prefix.tokens if prefix else 0, alone)
+        return (prefix.tokens if prefix else 0, str(row.digest) if row is not None and apart else "")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import nn
 
+from ..adapters.fit import Fitted
 from ..bases.inputs import causal_inputs, encoder_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
 from ..errors import Unsupported
@@ -91,6 +94,34 @@ def model_logits(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[l
             ]
     finally:
         view.head.assign([])
+
+
+class _All(nn.Module):
+    """The head of a tagger that says all it reads: the hidden values themselves."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+
+def hidden_states(base: Base, hooks: SiteHooks, plan: BatchPlan, rows: Sequence[list[int]]) -> list[torch.Tensor]:
+    """What leaves an encoder's last layer at each token of the rows' texts, one tensor [tokens, hidden] a row."""
+    encoder, head = encoder_of(base), _All(base.dtype)
+    bare = Fitted("base", "", "TOKEN_CLS", {}, None, head, 0)
+    read = tuple(bare if row is None else replace(row, task_type="TOKEN_CLS", head=head) for row in plan.rows)
+    tagging = replace(plan, rows=read)
+    with torch.inference_mode():
+        if encoder is not None and encoder.knows(tagging, rows):
+            return encoder(tagging, rows)
+        ids, mask = (t.to(base.device) for t in pad_rows(list(rows), base.pad_id, left=False))
+        with hooks.using(plan.sites):
+            model = plan.model(base.view("FEATURE_EXTRACTION").model)
+            hidden = model(**encoder_inputs(ids, mask, plan.prefix, base.config)).last_hidden_state
+    begins = [row.prompt.tokens if row and row.prompt else 0 for row in plan.rows]
+    return [hidden[i, begin : begin + len(ids)] for i, (begin, ids) in enumerate(zip(begins, rows, strict=True))]
 
 
 def _of_row(row: Row, i: int, tokens: int, logits: torch.Tensor | None, hidden: torch.Tensor | None) -> torch.Tensor:

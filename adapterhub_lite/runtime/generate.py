@@ -16,7 +16,7 @@ from .changes import Changes, NativeChanges, changes_of
 from .decoder import Decoder, decoder_of
 from .engine import Engine
 from .own_forward import AloneLoop, CausalLoop, Loop, Seq2SeqLoop, batches, flattens
-from .prefill import prefill
+from .prefill import Reader
 from .prompting import position_limit
 from .requests import Request
 from .sampling import choose
@@ -47,7 +47,7 @@ class Batch:
         self._ends = end_tokens(engine.base)
         self._plan = self._compose(self.rows)
         prompts = [[*row.prompt, *row.tokens] for row in self.rows]
-        self._loop = self._started(prompts, engine.static)
+        self._loop = self._started(prompts, engine)
         self._room = [_room(self._base, row) for row in self.rows]
         self._wishes = [wishes(self._base, row) for row in self.rows]
         self._tokens: torch.Tensor | None = None
@@ -61,6 +61,19 @@ class Batch:
     def alive(self) -> list[int]:
         """Places of the rows that go on."""
         return [i for i, row in enumerate(self.rows) if not row.done]
+
+    @property
+    def unread(self) -> int:
+        """Tokens of prompts of ours that are to be read before the first step; 0 after it."""
+        return self._loop.unread if isinstance(self._loop, _WindowLoop) else 0
+
+    def read(self) -> list[tuple[Request, bool | Exception]]:
+        """Read a piece of the prompts; after the last one this is the first step."""
+        if isinstance(self._loop, _WindowLoop) and self._loop.more:
+            with torch.inference_mode():
+                self._loop.read()
+            return []
+        return self.step()
 
     def step(self) -> list[tuple[Request, bool | Exception]]:
         """One token for every row; of each row that went on until now: whether it still does, or what went wrong."""
@@ -106,9 +119,9 @@ class Batch:
             self._tokens = torch.cat([self._tokens, other._tokens])
             self._loop.join(other._loop, self._plan)
 
-    def _started(self, prompts: list[list[int]], static: Static) -> Loop:
+    def _started(self, prompts: list[list[int]], engine: Engine) -> Loop:
         if self._decoder is not None:
-            return _WindowLoop(self._decoder, self._plan, prompts, static)
+            return _WindowLoop(self._decoder, self._plan, prompts, engine.static, engine.piece)
         mixed = len({row.fitted.digest if row.fitted else "" for row in self.rows}) > 1
         if batches(self._base) and not (mixed and flattens(self._base, self._plan)):
             return (Seq2SeqLoop if self._base.kind == "seq2seq" else CausalLoop)(self._base, self._plan, prompts)
@@ -159,17 +172,38 @@ class _WindowLoop:
 
     hooked = False
 
-    def __init__(self, decoder: Decoder, plan: BatchPlan, prompts: list[list[int]], static: Static) -> None:
-        self._decoder, self._plan, self._prompts = decoder, plan, prompts
+    def __init__(self, decoder: Decoder, plan: BatchPlan, prompts: list[list[int]], static: Static, piece: int) -> None:
+        self._decoder, self._plan, self._piece = decoder, plan, piece
+        self._prompts: list[list[int]] = prompts
+        self._reader: Reader | None = None
         self._static: Static | None = static
         self._places: StaticRows | None = None
         self._changes: Changes | None = None
 
+    @property
+    def unread(self) -> int:
+        """Tokens of prompts that are not read yet."""
+        return sum(map(len, self._prompts)) if self._reader is None else self._reader.left
+
+    @property
+    def more(self) -> bool:
+        """Whether a piece of the prompts is to be read before the one that ends them."""
+        return self.unread > self._piece and len(self._prompts) == 1
+
+    def read(self) -> torch.Tensor:
+        """Logits [rows, vocabulary] after the next piece of the prompts."""
+        self._reader = self._reader or Reader(self._decoder, self._prompts, self._plan, self._piece)
+        return self._reader.read()
+
     def step(self) -> torch.Tensor:
-        """Logits [rows, vocabulary] of the next token."""
+        """Logits [rows, vocabulary] of the next token, after what is left of the prompts."""
         if self._prompts:
-            logits, self._window, self._positions = prefill(self._decoder, self._prompts, self._plan)
-            self._prompts = []
+            while self.more:
+                self.read()
+            logits = self.read()
+            assert self._reader is not None
+            self._window, self._positions = self._reader.window, self._reader.positions
+            self._prompts, self._reader = [], None
             return logits
         if self._places is not None:
             try:

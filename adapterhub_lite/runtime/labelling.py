@@ -100,8 +100,9 @@ def score_words(
 ) -> list[Prediction]:
     """A prediction a row by how likely a causal base finds each label's word."""
     tokenizer, kind = engine.base.tokenizer, engine.base.kind
-    ids = [task.encode(text, tokenizer, kind, 0) for text, task in zip(texts, tasks, strict=True)]
-    words = {id(task): task.word_ids(tokenizer) for task in tasks}
+    with tokenizer_lock(engine.base):
+        ids = [task.encode(text, tokenizer, kind, 0) for text, task in zip(texts, tasks, strict=True)]
+        words = {id(task): task.word_ids(tokenizer) for task in tasks}
     made: dict[int, Prediction] = {}
     for part in engine.parts(ids, rows):
         with engine.plan([rows[i] for i in part]) as plan:

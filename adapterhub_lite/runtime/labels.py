@@ -1,4 +1,4 @@
-"""The part of `Runtime` that labels texts and words, and gives logits: one forward for rows of different adapters."""
+"""The part of `Runtime` that labels, tags, embeds and gives logits: one forward for rows of different adapters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from ..errors import Unsupported
 from ..names import Ref
 from ..tasks.classify import Classify
+from .embedding import Pooling, embed
 from .engine import Engine
 from .forward import class_logits, token_logits
-from .given import check_ids
+from .given import check_ids, texts_of
 from .labelling import Input, label, score_words
 from .mixes import Chosen
 from .predict import Prediction, TaggedWord
@@ -55,6 +56,28 @@ class Labels:
     ) -> list[Prediction | list[TaggedWord]]:
         """`predict` or `tag`, whichever each row's adapter was trained for; rows of both kinds share one forward."""
         return self._label(inputs, adapters, tags=None)
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        adapters: Chosen | Sequence[Chosen] = DEFAULT,
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+    ) -> torch.Tensor:
+        """One vector a text, [rows, width] in float32 on the CPU, of an encoder with each row's adapter, but no head.
+
+        Args:
+            pooling: the mean of all tokens of the text, special ones too, or the first one (cls).
+            normalize: to length 1.
+
+        Raises:
+            Unsupported: the base is no encoder.
+        """
+        items = texts_of(texts)
+        rows = self._rows(adapters, len(items))
+        with self._lock:
+            return embed(self._engine, items, rows, pooling, normalize)
 
     def score_words(self, texts: Sequence[str], task: Classify, adapter: Chosen = None) -> list[Prediction]:
         """Labels by label words for any task on a causal base, also without an adapter (to compare with)."""

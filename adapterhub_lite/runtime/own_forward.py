@@ -13,6 +13,7 @@ from ..bases.inputs import causal_inputs, pad_rows, seq2seq_inputs
 from ..bases.load import Base
 from ..errors import Unsupported
 from .batch import BatchPlan
+from .decoder import decoder_of
 from .sites import SiteHooks
 
 # Tokens of the rows that a way is tried with, how many of them are prompt, and the part of the vocabulary they are of.
@@ -179,6 +180,14 @@ def flattens(base: Base, plan: BatchPlan) -> bool:
     """Whether a layer that a plan changes sees the tokens of all rows as one list, which tells no rows apart."""
     batches(base)
     return not base.derived["flattened"].isdisjoint(plan.sites)
+
+
+def flattening(base: Base) -> bool:
+    """Whether a base is read by its own forward, and some layer there sees the tokens of all rows as one list."""
+    if base.kind == "encoder" or decoder_of(base) is not None:
+        return False
+    batches(base)
+    return bool(base.derived["flattened"])
 
 
 def _tried(base: Base) -> bool:

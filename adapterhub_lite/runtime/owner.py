@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from ..kernels.threads import release_pool
 from .engine import Engine
 from .requests import Call
 from .scheduler import Scheduler
-from .texts import tokenizer_lock
 
 # How often somebody who waits for a base looks whether an adapter is trained on it now, in seconds.
 _LOOK = 0.02
@@ -30,16 +30,19 @@ _LIVE: weakref.WeakSet[Owner] = weakref.WeakSet()
 class Gate:
     """The lock of a base, in the order of asking: who steps again and again does not keep it from the others.
 
-    It is a context manager that a thread may enter twice. Within it the tokenizer is the thread's own too.
+    It is a context manager that a thread may enter twice.
 
     Args:
         entered: called whenever the gate has been entered, but for a thread that is within it already.
+        taken: called again and again while somebody else has the lock; it may raise. Left out: raises Unsupported while
+            an adapter is trained on the base.
     """
 
-    def __init__(self, base: Base, entered: Callable[[], None] | None = None) -> None:
-        self._base, self._entered = base, entered
+    def __init__(
+        self, base: Base, entered: Callable[[], None] | None = None, taken: Callable[[], None] | None = None
+    ) -> None:
+        self._base, self._entered, self._taken = base, entered, taken or base.check_free
         self._next: Any = base.derived.setdefault("next", threading.RLock())
-        self._tokenizer = tokenizer_lock(base)
 
     @property
     def held(self) -> bool:
@@ -47,7 +50,7 @@ class Gate:
         return bool(self._base.lock._is_owned())
 
     def take(self, timeout: float) -> bool:
-        """Take the base's lock; False where it was not free within `timeout` seconds."""
+        """Take the base's lock; False where it was not free within `timeout` seconds. For a thread without signals."""
         if self.held:
             return bool(self._base.lock.acquire())
         if not self._next.acquire(timeout=timeout):
@@ -58,34 +61,32 @@ class Gate:
             self._next.release()
 
     def release(self) -> None:
-        """Give the base's lock back."""
+        """Give back what `take` took."""
         self._base.lock.release()
 
     def __enter__(self) -> None:
-        """Raises Unsupported while an adapter is trained on the base."""
-        lock, tokenizer = self._base.lock, self._tokenizer
-        inside, reading = self.held, bool(tokenizer._is_owned())  # type: ignore[attr-defined]
+        if self.held:
+            return
         try:
             while not self.take(_LOOK):
-                self._base.check_free()
-            tokenizer.acquire()
-            if self._entered is not None and not inside:
+                self._taken()
+            if self._entered is not None:
                 self._entered()
         except BaseException:
             # Ctrl-C comes between any two steps, also just after a lock was taken: what this thread has is the truth.
-            while self._next._is_owned():
-                self._next.release()
-            while not reading and tokenizer._is_owned():  # type: ignore[attr-defined]
-                tokenizer.release()
-            while not inside and lock._is_owned():
-                lock.release()
+            for lock in (self._next, self._base.lock):
+                while lock._is_owned():
+                    lock.release()
             raise
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._tokenizer.release()
-        finally:
-            self.release()
+    @property
+    def __exit__(self) -> Callable[..., None]:
+        """The lock's own, which is no Python code: Ctrl-C cannot come between the end of a block and the release.
+
+        `with` asks for it before it enters; a thread that has the lock by then gives nothing back.
+        """
+        leave: Callable[..., None] = _nothing if self.held else self._base.lock.__exit__
+        return leave
 
 
 class Owner:
@@ -99,7 +100,10 @@ class Owner:
         self._engine = engine
         self._scheduler = Scheduler(engine)
         self.gate = Gate(engine.base, self._sweep)
-        self._changed = threading.Condition()
+        self._briefly = Gate(engine.base, taken=_busy)
+        self._at_last = Gate(engine.base, taken=_nothing)
+        self._guard = threading.RLock()  # entered by itself: a condition's own way out is Python, as `Gate` says
+        self._changed = threading.Condition(self._guard)
         self._thread: threading.Thread | None = None
         self._threads = torch.get_num_threads()
         self._closed = False
@@ -116,10 +120,17 @@ class Owner:
             call.drive, call.wake = lambda: self._turn_apart(apart), lambda: self._give_up(apart, call)
             apart.submit(call)
             return
+        try:
+            self._hand_over(call)
+        except BaseException:
+            call.cancel()  # nobody waits for what was begun
+            raise
+
+    def _hand_over(self, call: Call) -> None:
         call.wake, call.guard = self._wake, self._check_free_to_wait
         self._scheduler.read_ahead(call)
         release_pool()  # the caller only waits from here on
-        with self._changed:
+        with self._guard:
             self.check_open()
             self._threads = call.threads
             self._scheduler.submit(call)
@@ -144,16 +155,12 @@ class Owner:
             self._end()
         elif self._thread is not None:
             self._thread.join()
-        while not self.gate.take(1.0):
-            pass
-        try:
+        with self._at_last:
             self._engine.close()
-        finally:
-            self.gate.release()
 
     def stop(self) -> None:
         """`close` without waiting for it."""
-        with self._changed:
+        with self._guard:
             self._closed = True
             self._changed.notify_all()
 
@@ -167,7 +174,7 @@ class Owner:
     def _run(self) -> None:
         rested = time.monotonic()
         while True:
-            with self._changed:
+            with self._guard:
                 while not (self._closed or self._scheduler.busy):
                     release_pool()
                     self._changed.wait()
@@ -214,7 +221,7 @@ class Owner:
     # -- other threads -------------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        with self._changed:
+        with self._guard:
             self._changed.notify_all()
 
     def _sweep(self) -> None:
@@ -230,14 +237,11 @@ class Owner:
 
     def _give_up(self, scheduler: Scheduler, call: Call) -> None:
         """Let go of the cancelled rows of a call that its own thread drives, also where an interrupt left them."""
-        if self.gate.take(_LOOK):
-            try:
-                scheduler.sweep()
-                for row in call.rows:
-                    if row.cancelled and not row.done:
-                        row.close(CancelledError())
-            finally:
-                self.gate.release()
+        with suppress(_Busy), self._briefly:
+            scheduler.sweep()
+            for row in call.rows:
+                if row.cancelled and not row.done:
+                    row.close(CancelledError())
 
     def _check_free_to_wait(self) -> None:
         if self.gate.held:
@@ -245,6 +249,18 @@ class Owner:
             raise Unsupported(
                 "This thread holds the base, so that nobody can write the text it waits for.", "Wait outside."
             )
+
+
+class _Busy(Exception):
+    """Somebody else computes with the base."""
+
+
+def _busy() -> None:
+    raise _Busy
+
+
+def _nothing(*_: object) -> None:
+    """Wait on, or leave things as they are."""
 
 
 def _closed() -> Unsupported:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,55 +19,82 @@ if TYPE_CHECKING:
     from .decoder import Decoder
 
 
-def prefill(
-    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan
-) -> tuple[torch.Tensor, Window, torch.Tensor]:
-    """Next-token logits [rows, vocabulary], the window that holds prefixes and prompts, and the next positions [rows].
+# Most tokens of a prompt that are read at a time; between two pieces of one the rows that run get a token. Any prompt
+# that is longer is read alone and in these pieces, so that its logits do not depend on who else is there.
+PIECE = 256
+
+
+class Reader:
+    """Prompts on their way into a window that holds the prefixes of their rows: all at once, or piece by piece.
 
     Prompts end in the same column of the window. The columns of prefixes come before those of all prompts, so that a
     short prompt leaves a gap between the two; the mask knows of it, and positions do not count it.
+
+    Attributes:
+        window: what is read so far.
+        positions: the next ones [rows].
     """
-    window, lengths, before = _window(decoder, prompts, plan)
-    changes = changes_of(decoder.base, plan)
-    if _natively(decoder, prompts, changes):
-        logits = decoder.native.read(prompts, before, window, changes)  # type: ignore[union-attr,arg-type]
-    else:
-        logits = _padded(decoder, prompts, before, window, changes, every=False)
-    return logits, window, before + lengths
+
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan, pieces: int = sys.maxsize
+    ) -> None:
+        """`pieces`: most tokens that are read at a time of a row that is alone; others are read at once."""
+        self._decoder, self._changes = decoder, changes_of(decoder.base, plan)
+        longest = max(map(len, prompts))
+        step = longest if len(prompts) > 1 else min(longest, pieces)
+        self._parts = [[prompt[at : at + step] for prompt in prompts] for at in range(0, longest, step)]
+        self.window, self.positions = _window(decoder, len(prompts), longest, plan)
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not read yet."""
+        return sum(len(row) for part in self._parts for row in part)
+
+    def read(self, every: bool = False) -> torch.Tensor:
+        """Read a piece: logits [rows, vocabulary] after it; after `every` token, each row's at its end, if asked for.
+
+        Natively these are [tokens of all rows, vocabulary], else [rows, longest, vocabulary].
+        """
+        prompts = self._parts.pop(0)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.positions.device)
+        self.window.extend(lengths)
+        if _natively(self._decoder, prompts, self._changes):
+            native: Any = self._decoder.native
+            logits: torch.Tensor = native.read(prompts, self.positions, self.window, self._changes, every)
+        else:
+            logits = _padded(self._decoder, prompts, self.positions, self.window, self._changes, every=every)
+        self.positions = self.positions + lengths
+        return logits
+
+
+def prefill(
+    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan
+) -> tuple[torch.Tensor, Window, torch.Tensor]:
+    """Next-token logits [rows, vocabulary], the window of prefixes and prompts, and the next positions [rows]."""
+    reader = Reader(decoder, prompts, plan)
+    return reader.read(), reader.window, reader.positions
 
 
 def read_all(decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan) -> list[torch.Tensor]:
     """The logits after every token of the rows, [tokens, vocabulary] each."""
-    window, lengths, before = _window(decoder, prompts, plan)
-    changes = changes_of(decoder.base, plan)
-    if _natively(decoder, prompts, changes):
-        every = decoder.native.read(prompts, before, window, changes, every=True)  # type: ignore[union-attr,arg-type]
-        return list(every.split(lengths.tolist()))
-    logits = _padded(decoder, prompts, before, window, changes, every=True)
+    logits = Reader(decoder, prompts, plan).read(every=True)
+    if logits.dim() == 2:
+        return list(torch.split(logits, [len(row) for row in prompts]))  # type: ignore[no-untyped-call]
     return [logits[i, -len(row) :] for i, row in enumerate(prompts)]
 
 
-def _window(
-    decoder: Decoder, prompts: Sequence[list[int]], plan: BatchPlan
-) -> tuple[Window, torch.Tensor, torch.Tensor]:
-    """A window that holds the prefixes and has room for the prompts, whose columns count as filled.
-
-    Also the lengths of the prompts and of the prefixes, [rows] each.
-    """
-    device = decoder.base.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+def _window(decoder: Decoder, rows: int, new: int, plan: BatchPlan) -> tuple[Window, torch.Tensor]:
+    """A window that holds the prefixes, with room for `new` columns, and the lengths of the prefixes [rows]."""
     gap = 0 if plan.prefix is None else int(plan.prefix.mask.shape[1])
-    new = max(map(len, prompts))
-    window = decoder.new_window(len(prompts), gap + new)
-    before = torch.zeros_like(lengths)
+    window = decoder.new_window(rows, gap + new)
+    before = torch.zeros(rows, dtype=torch.long, device=decoder.base.device)
     if plan.prefix is not None:
         window.keys[:, :, :, :gap] = plan.prefix.keys
         window.values[:, :, :, :gap] = plan.prefix.values
         window.filled[:, :gap] = plan.prefix.mask.bool()
-        before = plan.prefix.lengths.to(device)
-    window.end = gap + new
-    window.filled[:, gap : window.end] = torch.arange(new, device=device) >= new - lengths[:, None]
-    return window, lengths, before
+        before = plan.prefix.lengths.to(before.device)
+    window.end = gap
+    return window, before
 
 
 def _natively(decoder: Decoder, prompts: Sequence[list[int]], changes: Changes) -> bool:

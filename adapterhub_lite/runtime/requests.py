@@ -25,12 +25,13 @@ Samplings = Sampling | Sequence[Sampling | None] | None
 class Call:
     """The rows that one caller asks for together, and where it waits for them.
 
-    `changed` guards what both sides see. Who drives the rows is the owner thread, or the caller itself (`drive`).
+    `lock` guards what both sides see. Who drives the rows is the owner thread, or the caller itself (`drive`).
     """
 
     def __init__(self, streams: bool = False) -> None:
         self.streams = streams
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()  # entered by itself: the way out of a condition is Python, where Ctrl-C comes in
+        self.changed = threading.Condition(self.lock)
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []
         self.running = 0
@@ -68,7 +69,7 @@ class Call:
                     self.drive()
             else:
                 self.guard()
-                with self.changed:
+                with self.lock:
                     if not self.changed.wait_for(ready, timeout):
                         return False
         while self.notes:
@@ -139,7 +140,7 @@ class Request:
         except Exception as wrong:
             error = wrong
         call = self.call
-        with call.changed:
+        with call.lock:
             self.done, self.error = True, error
             call.remaining -= 1
             if error is not None and call.error is None:
@@ -151,7 +152,7 @@ class Request:
         if piece:
             self.text += piece
             if self.call.streams:
-                with self.call.changed:
+                with self.call.lock:
                     self.pieces.append(piece)
                     self.call.changed.notify_all()
 

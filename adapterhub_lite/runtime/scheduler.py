@@ -7,6 +7,7 @@ by whoever holds the base's lock.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -55,9 +56,10 @@ class Scheduler:
         """Who was cancelled leaves, who waits enters, every other row gets a token."""
         with self._mutex:
             self.sweep()
-            before = list(self._batches)
+            writing = [batch for batch in self._batches if not batch.unread]
             self._enter()
-            for batch in before:
+            self._read(beside=bool(writing))
+            for batch in writing:
                 self._step(batch)
             self._merge()
 
@@ -90,17 +92,50 @@ class Scheduler:
     # -- entering ------------------------------------------------------------------------------------------------
 
     def _enter(self) -> None:
-        """Bring in rows while there are places, and read their prompts, those that can together."""
+        """Bring in rows while there are places, those together that can be; prompts of others than ours are read."""
         groups: dict[object, list[Request]] = {}
         for row, ours in self._admitted(self._engine.batch_size - len(self.running)):
             # An encoder-decoder has one prefix length a batch.
             virtual = row.fitted.prefix.tokens if row.fitted and row.fitted.prefix else 0
             alone = row.fitted.digest if row.fitted and row.fitted.injected else ""
             groups.setdefault(None if ours else (id(row.call), virtual, alone), []).append(row)
-        for rows in groups.values():
+        for key, rows in groups.items():
             rows.sort(key=lambda row: row.fitted.digest if row.fitted else "")  # neighbours of one adapter are faster
-            self._begin(rows)
+            for some in [rows] if key is not None else self._packs(rows):
+                self._begin(some, read=key is not None)
         self._forget()
+
+    def _packs(self, rows: list[Request]) -> list[list[Request]]:
+        """Newcomers whose prompts are read at once: a piece of tokens together while others are there.
+
+        A prompt that is longer than a piece is alone.
+        """
+        piece, packs, total = self._engine.piece, list[list[Request]](), 0
+        for row in rows:
+            length = len(row.prompt)
+            if length <= piece:
+                total += length
+                if not packs or (self._batches and total > piece):
+                    packs.append([])
+                    total = length
+                packs[-1].append(row)
+        return packs + [[row] for row in rows if len(row.prompt) > piece]
+
+    def _read(self, beside: bool) -> None:
+        """Read a piece of the prompts that came first, and what is short of the others, the shortest first.
+
+        Args:
+            beside: other rows are being written, which wait for this: it is two pieces at most.
+        """
+        unread = [batch for batch in self._batches if batch.unread and batch.alive]
+        piece = self._engine.piece
+        left = piece if beside else sys.maxsize
+        for batch in unread[:1] + sorted(unread[1:], key=lambda batch: batch.unread):
+            if batch is not unread[0]:
+                if batch.unread > min(left, piece):
+                    return
+                left -= batch.unread
+            self._step(batch)
 
     def _admitted(self, places: int) -> Iterator[tuple[Request, bool]]:
         """Up to so many rows that wait, and whether a forward of ours knows them; what cannot be served fails alone.
@@ -169,23 +204,27 @@ class Scheduler:
         """Whether a batch that nobody can join has rows of this call; the others wait, to be a batch together."""
         return any(not batch.ours and batch.rows[0].call is call for batch in self._batches)
 
-    def _begin(self, rows: list[Request]) -> None:
-        """Read the prompts of rows and give each its first token; what fails together is tried alone."""
+    def _begin(self, rows: list[Request], read: bool = True) -> None:
+        """Make a batch of rows, and read a piece of their prompts if asked to; what fails together is tried alone."""
         try:
             batch = Batch(self._engine, rows, decoder_for(self._engine.base, rows[0].fitted))
-            outcomes = batch.step()
         except Exception as error:
             self._retry(rows, error)
             return
         self._batches.append(batch)
-        self._settle(outcomes)
+        if read:
+            self._step(batch)
 
     # -- going on ------------------------------------------------------------------------------------------------
 
     def _step(self, batch: Batch) -> None:
+        """A token for every row of a batch, or a piece of their prompts, the last of which gives the first token."""
         try:
-            batch.cut()
-            outcomes = batch.step() if batch.alive else []
+            if batch.unread:
+                outcomes = batch.read()
+            else:
+                batch.cut()
+                outcomes = batch.step() if batch.alive else []
         except Exception as error:
             self._batches.remove(batch)
             self._retry([row for row in batch.rows if not row.done], error)
@@ -198,7 +237,7 @@ class Scheduler:
             self._batches.remove(batch)
             for call in self._calls:
                 call.closed = False
-        ours = [batch for batch in self._batches if batch.ours]
+        ours = [batch for batch in self._batches if batch.ours and not batch.unread]
         for batch in ours[1:]:
             first = ours[0]
             self._batches.remove(batch)

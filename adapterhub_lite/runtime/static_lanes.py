@@ -10,7 +10,7 @@ hundreds on a GPU, so up to some 32 lanes the dense products are faster, and sha
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +22,23 @@ from .static_size import Need
 
 
 class Arena:
-    """Memory that keeps its address. Steps of different sizes are never in use at once, so they share it by slots."""
+    """Memory that keeps its address. Steps of different sizes are never in use at once, so they share it by slots.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+    Args:
+        check_room: called with the bytes of every slot that is about to be made or to grow; may raise.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, check_room: Callable[[int], None] = lambda size: None
+    ) -> None:
+        self._device, self._dtype, self._check_room = device, dtype, check_room
         self._slots: dict[Hashable, list[torch.Tensor]] = {}
+        self._nbytes = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(flat.nbytes for found in self._slots.values() for flat in found)
+        return self._nbytes
 
     def take(self, slot: Hashable, *shape: int) -> torch.Tensor:
         """A slot's memory in this shape; what it holds is zeros or finite values of an earlier user.
@@ -41,8 +48,10 @@ class Arena:
         found = self._slots.setdefault(slot, [])
         elements = torch.Size(shape).numel()
         if not found or found[-1].numel() < elements:
+            self._check_room(elements * self._dtype.itemsize)
             with torch.inference_mode(False):
                 found.append(torch.zeros(elements, device=self._device, dtype=self._dtype))
+            self._nbytes += found[-1].nbytes
         flat = next(flat for flat in found if flat.numel() >= elements)
         return flat[:elements].view(shape)
 

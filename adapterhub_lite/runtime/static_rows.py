@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.fit import Fitted
 from ..bases.load import Base
-from ..events import Listener, ignore
+from ..events import Listener, Note, ignore
 from .captures import Capture, Step, capture_for
 from .decoder import Decoder
 from .remark import remark
@@ -39,17 +39,37 @@ class Sitter(Protocol):
 
 
 class Static:
-    """What a runtime has of captured steps, if it has any."""
+    """What a runtime has of captured steps, if it has any.
 
-    def __init__(self, base: Base, compile: bool = False, on_event: Listener = ignore) -> None:
-        self._base, self._on_event = base, on_event
+    Args:
+        check_room: raises CapacityError where so many bytes more have no room beside the adapters.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        compile: bool = False,
+        on_event: Listener = ignore,
+        check_room: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._base, self._on_event, self._check_room = base, on_event, check_room
         self._capture = capture_for(base, compile)
         self._rows: StaticRows | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and lanes of all sizes."""
+        rows = self._rows
+        return 0 if rows is None else rows.nbytes
+
+    def close(self) -> None:
+        """Let go of what no batch uses."""
+        self._rows = None
 
     def rows(self, decoder: Decoder) -> StaticRows | None:
         """The places for the batch that is decoded; None where steps run as they are."""
         if self._rows is None and self._capture is not None:
-            self._rows = StaticRows(decoder, self._capture)
+            self._rows = StaticRows(decoder, self._capture, self._check_room, self._say)
         return self._rows
 
     def give_up(self, error: Exception) -> None:
@@ -61,6 +81,12 @@ class Static:
         first = str(cause).strip().partition("\n")[0] or type(cause).__name__
         text = f"Decoding goes on without {name}, more slowly: {first}"
         remark(text, name, self._base, self._on_event, RuntimeWarning)
+
+    def _say(self, size: Size, before: int) -> None:
+        """Say that a step is about to be made, where that takes long."""
+        if self._capture is not None and self._capture.slow:
+            text = f"Compiling the decode step for {size.rows} rows of up to {size.columns} tokens, once; it takes long"
+            self._on_event(Note(f"{text} ({before} {'capture' if before == 1 else 'captures'} before)."))
 
 
 @dataclass
@@ -80,10 +106,17 @@ class StaticRows:
     the rows and their adapters there.
     """
 
-    def __init__(self, decoder: Decoder, capture: Capture) -> None:
-        self._decoder, self._capture = decoder, capture
+    def __init__(
+        self,
+        decoder: Decoder,
+        capture: Capture,
+        check_room: Callable[[int], None] = lambda size: None,
+        say: Callable[[Size, int], None] = lambda size, before: None,
+    ) -> None:
+        """`check_room` as `Static` has it; `say` is told a size to be captured, and how many there are."""
+        self._decoder, self._capture, self._say = decoder, capture, say
         self._kinds = kinds_of(decoder)
-        self._arena = Arena(decoder.base.device, decoder.base.dtype)
+        self._arena = Arena(decoder.base.device, decoder.base.dtype, check_room)
         self._lanes: dict[tuple[int, Needs], StaticLanes] = {}
         self._steps: dict[Size, StaticStep] = {}
         self._runs: dict[Size, Step] = {}
@@ -160,6 +193,7 @@ class StaticRows:
             step = self._current()
             step.tokens.index_copy_(0, self._places, tokens)
             if step.size not in self._runs:
+                self._say(step.size, len(self._runs))
                 self._runs[step.size] = self._capture(step)
             logits = self._runs[step.size]()
             step.positions.index_add_(0, self._places, torch.ones_like(self._places))

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..adapters.fit import Fitted
-from ..adapters.pack import Pack, unpack
+from ..adapters.pack import Pack, unpacked
 from ..adapters.prefix import FittedPrefix
 from ..adapters.prompt import FittedPrompt
 from ..bases.memory import available_bytes
@@ -274,6 +274,14 @@ class Prefetch:
             return None
         return flight[1].result()
 
+    def drop(self, digest: str) -> bool:
+        """Bring an adapter in no more; False if it was not on its way."""
+        with self._lock:
+            flight = self._flights.pop(digest, None)
+        if flight is not None:
+            flight[0].cancel()
+        return flight is not None
+
     def close(self) -> None:
         """Start nothing more."""
         with self._lock:
@@ -304,7 +312,7 @@ def remade(fitted: Fitted, move: Callable[[torch.Tensor], torch.Tensor]) -> Fitt
     return replace(
         fitted,
         packs=packs,
-        sites={module: site for group, pack in packs.items() for module, site in unpack(group, pack)},
+        sites=unpacked(packs),
         prefix=None if prefix is None else FittedPrefix(move(prefix.keys), move(prefix.values)),
         prompt=None if prompt is None else FittedPrompt(move(prompt.embeddings), prompt.embed),
         head=None if fitted.head is None else _head(fitted.head, move),

@@ -56,12 +56,22 @@ class Window:
             self._full = bool(self.filled[:, : self.end].all())
         return None if self._full else self.filled[:, : self.end]
 
-    def extend(self) -> None:
-        """Count one more column, which the caller is about to write, as content of every row."""
-        if self.end == self.keys.shape[3]:
-            self._rebuild(torch.arange(self.rows, device=self.keys.device), 1)
-        self.filled[:, self.end] = True
-        self.end += 1
+    def extend(self, lengths: torch.Tensor | None = None) -> None:
+        """Count more columns, which the caller is about to write, as content: one of every row.
+
+        Args:
+            lengths: [rows], so many of each row instead, which end in the same column.
+        """
+        new = 1 if lengths is None else int(lengths.max())
+        if self.end + new > self.keys.shape[3]:
+            self._rebuild(torch.arange(self.rows, device=self.keys.device), new)
+        if lengths is None:
+            self.filled[:, self.end] = True
+        else:
+            columns = torch.arange(new, device=lengths.device)
+            self.filled[:, self.end : self.end + new] = columns >= new - lengths[:, None]
+            self._full = None
+        self.end += new
 
     def select(self, rows: list[int]) -> None:
         """Go on with these rows only."""

@@ -47,9 +47,9 @@ def show(
 
     paths = {known: path for known, _, path in list_recipes()}
     if name not in paths:
-        near = get_close_matches(name, paths, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(paths)}."
-        raise NotFound(f"There is no built-in recipe {name!a}.", hint)
+        near = get_close_matches(name.lower(), paths, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(paths)}."
+        raise NotFound(f"There is no built-in recipe {name!a}.", f"{hint} `ahl recipes` says what they do.")
     path = paths[name]
     text = path.read_text("utf-8")
     if as_json:

@@ -22,7 +22,7 @@ def test_recipes_show_prints_yaml() -> None:
     assert yaml.safe_load(told("recipes", "show", "sql")["yaml"])["name"] == "sql"
     near = ahl("recipes", "show", "sqll")
     assert near.exit_code == 1
-    assert "Did you mean sql?" in near.stderr
+    assert "Did you mean sql? `ahl recipes` says what they do." in near.stderr.replace("\n", " ")
 
 
 def test_recipes_show_reads_no_other_file(shop: Shop) -> None:

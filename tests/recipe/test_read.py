@@ -16,6 +16,7 @@ from adapterhub_lite import recipe as recipes
 from adapterhub_lite.errors import NotFound, RecipeError
 from adapterhub_lite.recipe import (
     ClassifyTask,
+    EarlyStopping,
     FileData,
     HubData,
     InstructTask,
@@ -25,7 +26,7 @@ from adapterhub_lite.recipe import (
     recipe_dict,
     template,
 )
-from adapterhub_lite.recipe.schema import LEARNING_RATES
+from adapterhub_lite.recipe.training import LEARNING_RATES
 from tests.recipe.build import GOOD, LEAST, problems, write
 
 
@@ -203,8 +204,10 @@ def test_built_in_by_name(library: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("topic", "Did you mean topics?"),
-        ("zzz", "Known: plain, topics."),
+        ("topic", r"Did you mean topics\? `ahl recipes` says"),
+        ("TOPICS", r"Did you mean topics\?"),
+        ("plaintopics", "Did you mean topics or plain?"),
+        ("zzz", "Known: plain, topics. `ahl recipes` says"),
         ("./topic.yaml", "name or the path"),
         ("", "Pass a built-in"),
         ("a\0b", "Pass a built-in"),
@@ -242,3 +245,33 @@ def test_room_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": package})
     assert done.returncode == 0, done.stderr
     assert not {"torch", "transformers", "peft", "datasets", "numpy"} & set(done.stdout.split())
+
+
+def test_stopping_keeping_and_checkpoints(folder: Path) -> None:
+    found = load_recipe(write(folder, GOOD)).training
+    assert (found.early_stopping, found.keep, found.checkpoint_every) == (None, None, "5min")
+    assert (found.checkpoint_steps, found.checkpoint_seconds, found.checkpoints) == (None, 300.0, True)
+    more = "seed: 0, early_stopping: {patience: 2, metric: accuracy}, keep: last, checkpoint_every: 40"
+    found = load_recipe(write(folder, GOOD.replace("seed: 0", more))).training
+    assert found.early_stopping == EarlyStopping(2, "accuracy")
+    assert (found.keep, found.checkpoint_steps, found.checkpoint_seconds) == ("last", 40, None)
+    found = load_recipe(write(folder, GOOD.replace("seed: 0", "checkpoint_every: never"))).training
+    assert (found.checkpoint_steps, found.checkpoint_seconds, found.checkpoints) == (None, None, False)
+
+
+@pytest.mark.parametrize("more", ["early_stopping: {patience: 2}", "keep: best"])
+def test_what_needs_a_validation_part(folder: Path, more: str) -> None:
+    without = GOOD.replace("validation: validation.jsonl, ", "")
+    load_recipe(write(folder, without))
+    load_recipe(write(folder, GOOD.replace("seed: 0", more)))
+    with pytest.raises(RecipeError, match=r"needs data\.validation"):
+        load_recipe(write(folder, without.replace("seed: 0", more)))
+
+
+def test_a_start(folder: Path) -> None:
+    for text in ("sql", "sql@3", "sql:prod"):
+        found = load_recipe(write(folder, GOOD + f"start_from: {text}\n"))
+        assert found.start_from == text
+        again = load_recipe(write(folder, yaml.safe_dump(recipe_dict(found))))
+        assert again.start_from == text
+    assert load_recipe(write(folder, GOOD)).start_from is None

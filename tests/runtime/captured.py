@@ -40,7 +40,7 @@ class Recording(TorchDispatchMode):
 class Recorder:
     """A capture that counts, and whose steps run nothing of Python's but the recorded operations."""
 
-    name = "recorder"
+    name, slow = "recorder", False
 
     def __init__(self) -> None:
         self.captures = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,19 @@ import transformers as hf
 
 from adapterhub_lite.bases.load import Base, load_base
 from adapterhub_lite.errors import Unsupported
+from adapterhub_lite.events import Event, Step
+from adapterhub_lite.recipe import load_recipe
+from adapterhub_lite.runtime.labelling import score_words
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.runtime.sampling import Sampling
 from adapterhub_lite.store import Store
+from adapterhub_lite.tasks.classify import Classify
+from adapterhub_lite.training.train import train_adapter
 from tests import tiny
 from tests.runtime import build
 from tests.runtime.test_decoder import checkpoint
 from tests.runtime.test_kinds import our_tokens
+from tests.training.build import EXAMPLES
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [40, 41], [90, 91, 92, 100, 101, 120, 60, 61], [200, 201, 7, 7]]
 NEW = 10
@@ -150,6 +157,49 @@ def test_rows_with_adapters_write_what_peft_writes(tmp_path: Path, family: str) 
     runtime.close()
 
 
+QWEN = (
+    hf.Qwen2MoeConfig,
+    hf.Qwen2MoeForCausalLM,
+    {**LLAMA, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4},
+    True,
+)
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2_moe", "gpt_neox", "mixtral"])
+def test_logits_of_rows_of_unlike_adapters_are_those_of_peft(tmp_path: Path, family: str) -> None:
+    """Also where layers see the tokens of all rows as one list; so does what is scored by label words."""
+    model = saved(tmp_path / "base", *{**MODELS, "qwen2_moe": QWEN}[family][:3])
+    base = load_base(str(tmp_path / "base"), device="cpu")
+    runtime, before = Runtime(base, Store()), base.live_digest()
+    adapters = {"ia3": build.ia3(base, 1), "lora": build.lora(base, 2), "dora": build.lora(base, 3, dora=True)}
+    refs: dict[str, Any] = {name: runtime.attach(adapter) for name, adapter in adapters.items()}
+    models: dict[str, Any] = {"none": model}
+    for name, adapter in adapters.items():
+        (tmp_path / name).mkdir()
+        for file, data in adapter.files().items():
+            (tmp_path / name / file).write_bytes(data)
+        plain = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32)
+        models[name] = peft.PeftModel.from_pretrained(plain, tmp_path / name).eval()
+    chosen = ["lora", "ia3", "none", "dora", "lora", "none"]
+    rows = [*ROWS, ROWS[0][:7], ROWS[2][:3]]
+    found = runtime.logits(rows, [refs.get(name) for name in chosen])
+    expected = []
+    for name, row in zip(chosen, rows, strict=True):
+        with torch.no_grad():
+            expected.append(models[name](input_ids=torch.tensor([row])).logits[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+    assert float((found[0] - runtime.logits([rows[0]], None)[0]).abs().max()) > 1e-2
+    task = Classify({"type": "classify", "text": "text", "label": "label", "labels": ["no", "yes"]})
+    engine, some = runtime._engine, [refs["lora"], None, refs["ia3"]]
+    scores = score_words(engine, ["a", "bc", "d"], some, [task] * 3)
+    for text, ref, score in zip(["a", "bc", "d"], some, scores, strict=True):
+        (alone,) = score_words(engine, [text], [ref], [task])
+        assert alone.scores == pytest.approx(score.scores, abs=1e-5)
+    assert base.live_digest() == before
+    runtime.close()
+
+
 def test_rows_read_alone_are_sampled_stopped_and_come_and_go(tmp_path: Path) -> None:
     saved(tmp_path, *MODELS["mamba"][:3])
     runtime = Runtime(load_base(str(tmp_path), device="cpu"), Store(), batch_size=2)
@@ -178,6 +228,29 @@ def test_nothing_stands_before_a_text_that_is_seen_through_a_window(tmp_path: Pa
         runtime = Runtime(wide, Store())
         runtime.attach(make(wide, 1))
         runtime.close()
+
+
+@pytest.mark.parametrize(("family", "what"), [("mistral", "attention window of 8"), ("rwkv", "no keys and values")])
+def test_a_prefix_that_could_not_be_served_is_not_trained(tmp_path: Path, family: str, what: str) -> None:
+    """Refused before the first step, by what refuses it when it is served."""
+    if family == "mistral":
+        checkpoint(tmp_path / "base", "mistral", sliding_window=8)
+    else:
+        saved(tmp_path / "base", *MODELS["rwkv"][:3])
+    base = load_base(str(tmp_path / "base"), device="cpu")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n' * 8)
+    recipe = {
+        "name": "front",
+        "base": str(tmp_path / "base"),
+        "task": {"type": "instruct", "prompt": "text", "completion": "label"},
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "adapter": {"type": "prefix", "tokens": 3},
+    }
+    (tmp_path / "front.yaml").write_text(json.dumps(recipe))
+    heard: list[Event] = []
+    with pytest.raises(Unsupported, match=rf"{what}.*could not be served.*adapter.type: lora"):
+        train_adapter(load_recipe(tmp_path / "front.yaml"), base, EXAMPLES["causal"], on_event=heard.append)
+    assert not any(isinstance(event, Step) for event in heard)
 
 
 def test_nothing_stands_before_a_text_without_keys(tmp_path: Path) -> None:
