@@ -93,6 +93,27 @@ class TrainingFailed(AdapterHubError, RuntimeError):
     """Training stopped and nothing was published (loss or gradient not finite, no memory)."""
 
 
+class TrainingInterrupted(AdapterHubError, KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a training run after the step that ran; nothing was published.
+
+    `exit_code` is what a shell expects of a process that the signal ended: 130 or 143.
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = 130) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, int]]:
+        return (type(self), (self.message, self.hint, self.exit_code))
+
+    @classmethod
+    def by(cls, number: int, step: int, kept: bool) -> TrainingInterrupted:
+        """`number` of the signal, steps that are done, and whether a checkpoint of them is kept."""
+        if kept:
+            return cls(f"Stopped after step {step}, which is kept.", "Go on with --resume.", 128 + number)
+        return cls(f"Stopped after step {step}; nothing is kept.", "", 128 + number)
+
+
 class MergeFailed(AdapterHubError, RuntimeError):
     """A merge whose result did not pass verification; no output was left."""
 

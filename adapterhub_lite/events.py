@@ -28,7 +28,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. `eta` in seconds, `tokens_per_second` counts real tokens without padding."""
+    """One optimiser step. `eta` in seconds, `tokens_per_second` counts real tokens without padding.
+
+    `learner` names whose step it is where several are trained together; `smoothed` is a running mean of the loss,
+    `memory` the most bytes held so far (on the device, or by the process), 0 where that is not known.
+    """
 
     step: int
     total: int
@@ -37,15 +41,24 @@ class Step:
     learning_rate: float
     tokens_per_second: float
     eta: float
+    learner: str = ""
+    smoothed: float | None = None
+    memory: int = 0
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metrics of one evaluation; `split` is validation or test, `step` the optimiser step it was made at."""
+    """Metrics of one evaluation; `split` is validation or test, `step` the optimiser step it was made at.
+
+    `learner` names whose they are where several are trained together; `best` the best so far of the figure that decides
+    (loss or accuracy), and its `step`.
+    """
 
     split: str
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    learner: str = ""
+    best: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a failed command says, and its exit code.
 
-0 done · 1 an error that says what to do · 2 wrong usage · 70 a bug · 130 interrupted · 141 nobody reads the output.
+0 done · 1 an error that says what to do · 2 wrong usage · 70 a bug · 130 interrupted · 141 nobody reads the output ·
+143 SIGTERM ended a training run, which is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
-from ..errors import AdapterHubError, RecipeError
+from ..errors import AdapterHubError, RecipeError, TrainingInterrupted
 from .render import Unwritten, emit, printable
 
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
@@ -44,6 +45,9 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], as_json: bool
         function(**arguments)
     except (BrokenPipeError, Unwritten):
         raise
+    except TrainingInterrupted as error:  # it says more, and which signal it was
+        _complain(printable(str(error)))
+        return error.exit_code
     except KeyboardInterrupt:
         _complain(getattr(function, "interrupted", "interrupted"))
         return INTERRUPTED

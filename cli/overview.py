@@ -5,6 +5,8 @@ from __future__ import annotations
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Show everything once, on real models: train, swap, mix, merge."),
     "train": ("train", "Train the adapter that a recipe describes and store it."),
+    "plan": ("plan", "Say what training a recipe would take, before the first step."),
+    "runs": ("runs", "List training runs that have not ended, and how to go on."),
     "recipes": ("recipes", "List the built-in recipes, or print one."),
     "list": ("list", "List the stored adapters."),
     "show": ("show", "Show what is known of one adapter."),
@@ -31,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """name -> (module in `commands`, one line of help)."""
 
 _SECTIONS = {
-    "Start": ("demo", "train", "recipes"),
+    "Start": ("demo", "train", "plan", "runs", "recipes"),
     "Stored adapters": ("list", "show", "search", "log", "diff", "alias", "promote", "rollback", "remove"),
     "Move and keep them": ("import", "export", "push", "verify", "gc"),
     "Use them": ("run", "chat", "predict", "eval", "merge"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ..events import Evaluated, Event, Listener, Note, Progress, Stage, Step
@@ -57,6 +57,7 @@ def step_facts(step: Step, loss: float) -> list[str]:
         f"{step.tokens_per_second:,.0f} tokens/s",
         f"lr {step.learning_rate:.1e}",
         f"epoch {step.epoch:.1f}",
+        *([f"memory {size(step.memory)}"] if step.memory else []),
     ]
 
 
@@ -68,8 +69,16 @@ def amount(event: Progress) -> str:
 
 
 def evaluated_line(event: Evaluated) -> str:
-    """`validation: loss 0.123 (step 100)`."""
-    return f"{event.split}: {metrics(event.metrics)} (step {event.step})"
+    """`validation: loss 0.123 (step 100)`, with a name before it where several are trained together."""
+    whose = f"{printable(event.learner)} " if event.learner else ""
+    best = best_text(event.best) if event.best and event.best.get("step") != event.step else ""
+    return f"{whose}{event.split}: {metrics(event.metrics)} (step {event.step}){', ' if best else ''}{best}"
+
+
+def best_text(best: Mapping[str, float]) -> str:
+    """`best loss 0.123 (step 80)`, of the figure that decides; nothing where nothing is told."""
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in best.items() if name != "step")
+    return f"best {figures} (step {best['step']:.0f})" if figures and "step" in best else ""
 
 
 def note_line(event: Note) -> str:
@@ -85,6 +94,7 @@ class PlainReport:
         self._smoothed = Smoothed()
         self._title = ""
         self._share = 0.0
+        self._shares: dict[str, float] = {}
         self._said_at = time.monotonic()
         self._patience = _PATIENCE
 
@@ -105,9 +115,19 @@ class PlainReport:
             self._progress(event)
 
     def _step(self, event: Step) -> None:
-        loss = self._smoothed.push(event.loss)
-        if self._is_due("training", event.step / event.total):
+        loss = self._smoothed.push(event.loss) if event.smoothed is None else event.smoothed
+        if event.learner:
+            self._step_of(event, loss)
+        elif self._is_due("training", event.step / event.total):
             remark(f"  step {event.step}/{event.total}: {', '.join(step_facts(event, loss))}")
+
+    def _step_of(self, event: Step, loss: float) -> None:
+        """One of several learners: each tenth of its way."""
+        share = event.step / event.total
+        if share - self._shares.get(event.learner, 0.0) >= _SHARE or share >= 1.0:
+            self._shares[event.learner] = share
+            facts = ", ".join(step_facts(event, loss))
+            remark(f"  {printable(event.learner)}: step {event.step}/{event.total}: {facts}")
 
     def _progress(self, event: Progress) -> None:
         if event.title != self._title:

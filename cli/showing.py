@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .render import age, counted, emit, fields, metrics, printable, say, seconds, size, sparkline
+from .curves import curve_lines, write_picture
+from .guard import UsageProblem
+from .render import age, counted, emit, fields, metrics, printable, say, seconds, size, sparkline, width
 
 if TYPE_CHECKING:
     from ..formats.card import Card
@@ -20,11 +23,14 @@ _MADE = ("trained", "combined")  # kinds of origin; of an export of an import th
 _SHAPE = ("rank", "alpha", "tokens", "tensors", "parameters")
 
 
-def show_adapter(ref: str, store: Path | None = None, as_json: bool = False) -> None:
-    """Print the card and the files of one version."""
+def show_adapter(
+    ref: str, store: Path | None = None, as_json: bool = False, plot: Path | None = None, beside: Sequence[str] = ()
+) -> None:
+    """Print the card and the files of one version; with `plot` its curves, and those of others, go into that file."""
     from ..store import Store
 
     opened = Store(store)
+    drawn = _draw(opened, [ref, *beside], plot)
     found = opened.resolve(ref)
     card, manifest = opened.card(found), opened.manifest(found)
     name = f"{found.name}@{found.version}"
@@ -33,14 +39,35 @@ def show_adapter(ref: str, store: Path | None = None, as_json: bool = False) -> 
     if as_json:
         files = {file: asdict(fact) for file, fact in manifest.files.items()}
         about = {"ref": name, "digest": found.digest, "aliases": aliases, "path": str(folder)}
-        emit({**about, "files": files, "card": asdict(card)})
+        picture = {"plot": str(plot)} if plot else {}
+        emit({**about, **picture, "files": files, "card": asdict(card)})
         return
     say(_headline(name, aliases, card), "", *fields(_facts(card, str(found.digest), folder)))
     say(
+        *_section("curve", _curve(card, name)),
         *_section("recipe", _recipe_lines(card.recipe or card.origin.get("claimed_recipe"))),
         *_section("files", _file_lines(manifest)),
     )
-    say("", *_next(opened, name, card))
+    say("", *_next(opened, name, card), *drawn)
+
+
+def _draw(store: Store, refs: Sequence[str], plot: Path | None) -> list[str]:
+    """Draw the curves of versions into a file, if asked to; what to say of it."""
+    if plot is None:
+        if len(refs) > 1:
+            raise UsageProblem("--with names what is drawn beside it.", "Say where with --plot FILE.")
+        return []
+    found = [store.resolve(ref) for ref in dict.fromkeys(refs)]
+    write_picture([(f"{one.name}@{one.version}", store.card(one)) for one in found], plot)
+    return [printable(f"Its curves are in {plot}.")]
+
+
+def _curve(card: Card, name: str) -> list[str]:
+    if not isinstance(card.origin.get("losses"), list):  # of an import its maker's word is drawn only when asked for
+        return []
+    from ..workflows.curves import read_curve
+
+    return curve_lines(read_curve(card, name), width() - 2)
 
 
 def _headline(name: str, aliases: list[str], card: Card) -> str:

@@ -6,7 +6,8 @@ Never: imports or runs anything that a YAML names, or reads the data it points t
 """
 
 from .files import check_files
-from .load import list_recipes, load_recipe, recipe_dict
+from .load import changed_recipe, list_recipes, load_recipe, recipe_dict
+from .options import PeftAdapter
 from .schema import (
     METRICS,
     Adapter,
@@ -21,8 +22,8 @@ from .schema import (
     Recipe,
     TagTask,
     Task,
-    TrainingConfig,
 )
+from .training import EarlyStopping, TrainingConfig
 
 __all__ = [
     "METRICS",
@@ -30,15 +31,18 @@ __all__ = [
     "ClassifyTask",
     "DataConfig",
     "DataSource",
+    "EarlyStopping",
     "FileData",
     "HubData",
     "InstructTask",
     "LoraAdapter",
+    "PeftAdapter",
     "PrefixAdapter",
     "Recipe",
     "TagTask",
     "Task",
     "TrainingConfig",
+    "changed_recipe",
     "check_files",
     "list_recipes",
     "load_recipe",

@@ -10,18 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..names import check_name
+from ..names import Ref, check_name
 from . import fields
 from .fields import read_section, readable
 from .nodes import Scalar, Table
+from .options import PeftAdapter
 from .readers import At, read_checked, read_choice, read_integer, read_number
 from .template import columns
+from .training import TrainingConfig
 
 METRICS = ("exact_match", "sql_execution")
 """What an instruct task can be measured by."""
 QUANTIZATIONS = ("none", "int8", "nf4")
-LEARNING_RATES = {"lora": 5.0e-4, "dora": 5.0e-4, "prefix": 1.0e-2}
-"""Defaults of this package: a prefix has no path from a small step to a large effect, so its step is larger."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -234,35 +234,10 @@ class PrefixAdapter:
             yield "text", "is not used with init: random."
 
 
-Adapter = LoraAdapter | PrefixAdapter
+Adapter = LoraAdapter | PrefixAdapter | PeftAdapter
 
 
 # --- training and the whole --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train. The defaults are this package's own."""
-
-    epochs: float = fields.number(3.0, low=0, high=10_000, above=True)
-    max_steps: int | None = fields.integer(None, low=1, high=10**9)
-    """Stop after so many optimiser steps, if the epochs are not over before."""
-    batch_size: int = fields.integer(8, low=1, high=65_536)
-    gradient_accumulation: int = fields.integer(1, low=1, high=65_536)
-    """Batches to one optimiser step."""
-    learning_rate: float = fields.number(LEARNING_RATES["lora"], low=0, high=10, above=True)
-    """Default by adapter type, see `LEARNING_RATES`."""
-    schedule: Literal["linear", "cosine", "constant"] = fields.choice("linear", among=("linear", "cosine", "constant"))
-    """How the learning rate falls after the warm-up; linear and cosine end at 0."""
-    warmup: float = fields.number(0.0, low=0, high=1)
-    """Fraction of all steps in which the learning rate rises."""
-    weight_decay: float = fields.number(0.0, low=0, high=10)
-    max_grad_norm: float = fields.number(1.0, low=0, high=1e6, above=True)
-    max_length: int = fields.integer(512, low=8, high=1_048_576)
-    """Tokens of a row; longer rows are cut."""
-    seed: int = fields.integer(0, low=0, high=2**32 - 1)
-    eval_every: int | None = fields.integer(None, low=1, high=10**9)
-    """Steps between measurements on the validation part; None measures after every epoch."""
 
 
 def _read_typed(at: At, classes: dict[str, type[Any]]) -> Any:
@@ -285,8 +260,17 @@ def _read_typed(at: At, classes: dict[str, type[Any]]) -> Any:
     return read_section(at, cls, foreign=foreign)
 
 
+def _reference(text: str) -> str:
+    return str(Ref.parse(text))
+
+
 _TASKS: dict[str, type[Any]] = {"instruct": InstructTask, "classify": ClassifyTask, "tag": TagTask}
-_ADAPTERS: dict[str, type[Any]] = {"lora": LoraAdapter, "dora": LoraAdapter, "prefix": PrefixAdapter}
+_ADAPTERS: dict[str, type[Any]] = {
+    "lora": LoraAdapter,
+    "dora": LoraAdapter,
+    "prefix": PrefixAdapter,
+    "peft": PeftAdapter,
+}
 
 
 @dataclass(frozen=True)
@@ -301,6 +285,8 @@ class Recipe:
     data: DataConfig = fields.section(partial(read_section, cls=DataConfig))
     adapter: Adapter = fields.section(partial(_read_typed, classes=_ADAPTERS))
     training: TrainingConfig = fields.section(partial(read_section, cls=TrainingConfig), TrainingConfig())
+    start_from: str | None = fields.checked(_reference, None)
+    """A stored version (`sql@3`, `sql:prod`, `sql`) whose values the adapter starts with instead of fresh ones."""
     quantize: Literal["none", "int8", "nf4"] = fields.choice("none", among=QUANTIZATIONS)
     source: str = ""
     """Where it was read from, for messages."""
@@ -308,3 +294,10 @@ class Recipe:
     """What relative data paths start from."""
     sha256: str = ""
     """Digest of the text it was read from, before overrides."""
+
+    def contradictions(self, given: set[str]) -> Iterator[tuple[str, str]]:
+        """What is wrong between parts, of which `given` were written."""
+        training = self.training
+        if self.data.validation is None and (training.early_stopping or training.keep == "best"):
+            what = "early_stopping" if training.early_stopping else "keep: best"
+            yield "training", f"{what} needs data.validation to judge by."

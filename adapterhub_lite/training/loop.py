@@ -1,164 +1,189 @@
-"""The training loop: batches, gradients, AdamW, schedule, progress. Knows parameters and examples, not stores."""
+"""The training loop: learners step by step beside each other, each as if it were alone."""
 
 from __future__ import annotations
 
-import itertools
-import math
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
-from torch import nn
 
-from ..errors import TrainingFailed
+from ..errors import TrainingFailed, TrainingInterrupted
 from ..events import Evaluated, Listener, Step
-from ..recipe.schema import TrainingConfig
-from ..tasks.task import Example
-from .batches import epoch_batches, example_length
-from .objective import Objective
-from .schedule import rate_factor
-from .trainable import Trainable
+from .batches import row_key
+from .computation import Computation, Sums
+from .member import FAILED, RUNNING, Member
 
 # Speed and remaining time are those of the last steps: the first ones are slower.
 _WINDOW = 20
+_SMOOTHING = 0.9
 
 
-@dataclass
-class History:
-    """What a run leaves for the card."""
+class Keeper(Protocol):
+    """Writes checkpoints."""
 
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
+    def after_step(self, members: Sequence[Member], evaluated: bool) -> None:
+        """Write one, if it is time for it: after a step, or (`evaluated`) an evaluation or the last step."""
+
+    def save(self, members: Sequence[Member]) -> bool:
+        """Write one; whether there is one of this state."""
+        ...
 
 
-@dataclass(frozen=True)
-class _Plan:
-    steps_per_epoch: int
-    total: int
+Referee = Callable[[Sequence[Member], bool], None]
+"""Told all members, and whether any has just been measured; may `stop` some. Those that go on are unchanged by it."""
 
 
 def run_loop(
-    config: TrainingConfig,
-    adapter: Trainable,
-    parameters: list[nn.Parameter],
-    objective: Objective,
-    train: Sequence[Example],
-    validation: Sequence[Example],
+    members: Sequence[Member],
+    computation: Computation,
     on_event: Listener,
-) -> History:
-    """Minimise the mean loss over supervised items, `gradient_accumulation` batches to a step.
+    keeper: Keeper | None = None,
+    wish: Callable[[], int] = lambda: 0,
+    referee: Referee | None = None,
+) -> None:
+    """Train all members to their end; those that failed say so in `failure`, the others are unchanged by it.
+
+    Args:
+        wish: the number of the signal that asked to stop, or 0.
+        referee: asked before every step who is to go on.
 
     Raises:
-        TrainingFailed: a loss or gradient is not finite, or memory ran out. Parameters are then of no use.
+        TrainingInterrupted: `wish` asked for it; the state is kept if there is a keeper.
+        TrainingFailed: memory ran out.
     """
-    plan = _plan(config, len(train))
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    history = History()
-    recent: deque[tuple[float, int]] = deque([(time.perf_counter(), 0)], maxlen=_WINDOW + 1)
-    started = time.perf_counter()
-    stream = _steps(config, train, plan)
-    for step, batches in enumerate(stream):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate_factor(config.schedule, step, plan.total, config.warmup)
-        loss, tokens = _one_step(config, adapter, parameters, objective, [[train[i] for i in b] for b in batches], step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        history.losses.append(loss)
-        history.tokens += tokens
-        recent.append((time.perf_counter(), history.tokens))
-        on_event(_progress(step, plan, loss, optimizer.param_groups[0]["lr"], recent))
-        if validation and _evaluate_now(config, step, plan):
-            metrics = evaluate_loss(adapter, objective, validation, config.batch_size)
-            history.evaluations.append({"step": step + 1, **metrics})
-            on_event(Evaluated("validation", step + 1, metrics))
-    history.seconds = time.perf_counter() - started
-    return history
+    pace = {member.index: _Pace(member) for member in members}
+    while True:
+        evaluated = _evaluate_due(members, computation, on_event, wish)
+        if referee:
+            referee(members, evaluated)
+        active = [member for member in members if member.is_active]
+        if number := wish():
+            kept = keeper.save(members) if keeper else False
+            raise TrainingInterrupted.by(number, max(member.step for member in members), kept)
+        if keeper:
+            keeper.after_step(members, evaluated or not active)
+        if not active:
+            break
+        try:
+            _one_step(active, computation)
+        except torch.OutOfMemoryError as error:
+            raise _no_memory(active[0], keeper.save(members) if keeper else False) from error
+        for member in active:
+            pace[member.index].tick()
+            if member.status == RUNNING:
+                on_event(pace[member.index].event())
+    for member in members:
+        if member.status != FAILED:
+            member.finish()
 
 
-def evaluate_loss(
-    adapter: Trainable, objective: Objective, examples: Sequence[Example], batch_size: int
-) -> dict[str, float]:
-    """Mean loss per supervised item, and accuracy where the objective counts hits; dropout off."""
-    order = sorted(range(len(examples)), key=lambda i: example_length(examples[i]))
-    adapter.train(False)
-    objective.train(False)
-    total, count = 0.0, 0
-    hits: int | None = None
-    try:
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                found = objective(adapter, [examples[i] for i in order[start : start + batch_size]])
-                total, count = total + float(found.total), count + found.count
-                hits = hits if found.hits is None else (hits or 0) + found.hits
-    finally:
-        adapter.train(True)
-        objective.train(True)
-    return {"loss": total / count, **({} if hits is None else {"accuracy": hits / count})}
+def _one_step(active: Sequence[Member], computation: Computation) -> None:
+    """Gradients of the mean loss over all supervised items of each member's step, clipped, and one update."""
+    for member in active:
+        member.optimizer.clear()
+    # What a model draws in ways that we do not know is a function of seed and step, too.
+    torch.manual_seed(row_key(active[0].config.seed, active[0].step, -1))
+    sums = computation.gradients([row for member in active for row in member.rows()])
+    for member in active:
+        member.learn(sums[member.index])
 
 
-def _plan(config: TrainingConfig, examples: int) -> _Plan:
-    batches = math.ceil(examples / config.batch_size)
-    per_epoch = math.ceil(batches / config.gradient_accumulation)
-    total = max(1, round(per_epoch * config.epochs))
-    return _Plan(per_epoch, total if config.max_steps is None else min(total, config.max_steps))
+def _evaluate_due(
+    members: Sequence[Member], computation: Computation, on_event: Listener, wish: Callable[[], int]
+) -> bool:
+    """Measure those whose time it is, until a wish to stop; whether any was."""
+    done = False
+    for member in members:
+        if not member.owes_evaluation or (sums := _evaluate(member, computation, wish)) is None:
+            continue
+        metrics = member.evaluated(sums)
+        if member.status != FAILED:
+            on_event(Evaluated("validation", member.step, metrics, member.course.name, member.watch.told))
+        done = True
+    return done
 
 
-def _steps(config: TrainingConfig, train: Sequence[Example], plan: _Plan) -> Iterator[list[list[int]]]:
-    """The batches of each optimiser step; a step does not reach over the end of an epoch."""
-    lengths = [example_length(e) for e in train]
-    done = 0
-    for epoch in itertools.count():
-        batches = epoch_batches(lengths, config.batch_size, config.seed, epoch)
-        while group := list(itertools.islice(batches, config.gradient_accumulation)):
-            if done == plan.total:
-                return
-            yield group
-            done += 1
+def _evaluate(member: Member, computation: Computation, wish: Callable[[], int]) -> Sums | None:
+    """Sums of all validation rows with all dropout off; None if a wish to stop came before the end."""
+    whole = Sums()
+    for rows in member.validation_rows():
+        if wish():
+            return None
+        found = computation.losses(rows)[member.index]
+        whole.total, whole.count = whole.total + found.total, whole.count + found.count
+        whole.hits = whole.hits if found.hits is None else (whole.hits or 0) + found.hits
+    return whole
 
 
-def _one_step(
-    config: TrainingConfig,
-    adapter: Trainable,
-    parameters: list[nn.Parameter],
-    objective: Objective,
-    batches: list[list[Example]],
-    step: int,
-) -> tuple[float, int]:
-    """Gradients of the mean loss over all supervised items of the step, clipped; returns (mean loss, tokens)."""
-    total, count, tokens = 0.0, 0, 0
-    try:
-        for batch in batches:
-            found = objective(adapter, batch)
-            found.total.backward()  # type: ignore[no-untyped-call]
-            total, count, tokens = total + float(found.total.detach()), count + found.count, tokens + found.tokens
-    except torch.OutOfMemoryError as error:
-        raise TrainingFailed(
-            f"Out of memory at step {step + 1} with batch_size {config.batch_size}.",
-            "Lower training.batch_size and raise training.gradient_accumulation.",
-        ) from error
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= count
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-    if not math.isfinite(total) or not math.isfinite(norm):
-        raise TrainingFailed(
-            f"Loss {total / max(count, 1):.4g}, gradient norm {norm:.4g} at step {step + 1}: training diverged.",
-            f"Lower training.learning_rate ({config.learning_rate:g}) or add training.warmup. Nothing was published.",
-        )
-    return total / count, tokens
+def failed(member: Member, kept: bool) -> TrainingFailed:
+    """What to raise for a member that diverged."""
+    return TrainingFailed(
+        member.failure,
+        f"Lower training.learning_rate ({member.config.learning_rate:g}) or add training.warmup. Nothing was published."
+        + _kept_note(kept, member.step),
+    )
 
 
-def _progress(step: int, plan: _Plan, loss: float, rate: float, recent: deque[tuple[float, int]]) -> Step:
-    seconds = recent[-1][0] - recent[0][0]
-    speed = (recent[-1][1] - recent[0][1]) / max(seconds, 1e-9)
-    eta = (plan.total - step - 1) * seconds / max(len(recent) - 1, 1)
-    return Step(step + 1, plan.total, (step + 1) / plan.steps_per_epoch, loss, rate, speed, eta)
+def _no_memory(member: Member, kept: bool) -> TrainingFailed:
+    return TrainingFailed(
+        f"Out of memory at step {member.step + 1} with batch_size {member.config.batch_size}.",
+        "Lower training.pack_tokens or set training.checkpointing: true; `ahl plan` says what fits." + _kept_note(kept, member.step),
+    )
 
 
-def _evaluate_now(config: TrainingConfig, step: int, plan: _Plan) -> bool:
-    every = config.eval_every or plan.steps_per_epoch
-    return (step + 1) % every == 0 or step + 1 == plan.total
+def _kept_note(kept: bool, step: int) -> str:
+    return f" What was learnt up to step {step} is kept: `ahl train --resume` goes on from there." if kept else ""
+
+
+class _Pace:
+    """How fast a member is, and its progress as an event."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._before = member.history.seconds
+        self._started = time.perf_counter()
+        self._recent = deque([(self._started, member.history.tokens)], maxlen=_WINDOW + 1)
+        self._smoothed = 0.0
+        self._weight = 0.0
+        for loss in member.history.losses:
+            self._push(loss)
+
+    def tick(self) -> None:
+        """A step is done."""
+        history, now = self._member.history, time.perf_counter()
+        history.seconds = self._before + now - self._started
+        self._recent.append((now, history.tokens))
+        if self._member.status == RUNNING:
+            self._push(history.losses[-1])
+
+    def event(self) -> Step:
+        """The step that was done."""
+        member = self._member
+        done, total = member.step, member.order.total
+        seconds = self._recent[-1][0] - self._recent[0][0]
+        speed = (self._recent[-1][1] - self._recent[0][1]) / max(seconds, 1e-9)
+        eta = (total - done) * seconds / max(len(self._recent) - 1, 1)
+        rate = member.rate(done - 1)
+        return Step(
+            done, total, done / member.order.steps_per_epoch, member.history.losses[-1], rate, speed, eta,
+            learner=member.course.name, smoothed=self._smoothed / self._weight, memory=_memory(),
+        )  # fmt: skip
+
+    def _push(self, loss: float) -> None:
+        self._smoothed = _SMOOTHING * self._smoothed + (1 - _SMOOTHING) * loss
+        self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
+
+
+def _memory() -> int:
+    """The most bytes that the device, or this process on a CPU, has held so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

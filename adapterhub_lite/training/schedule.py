@@ -1,8 +1,17 @@
-"""Learning-rate schedules: a factor for each step, after a linear warm-up."""
+"""How many steps there are, and the learning rate of each: a factor, after a linear warm-up."""
 
 from __future__ import annotations
 
 import math
+
+
+def step_counts(
+    examples: int, batch_size: int, accumulation: int, epochs: float, max_steps: int | None = None
+) -> tuple[int, int]:
+    """Optimiser steps of an epoch, none of which goes over its end, and of all epochs."""
+    each = math.ceil(math.ceil(examples / batch_size) / accumulation)
+    total = max(1, round(each * epochs))
+    return each, total if max_steps is None else min(total, max_steps)
 
 
 def rate_factor(schedule: str, step: int, total: int, warmup: float) -> float:

@@ -1,8 +1,8 @@
-"""Train one adapter from a recipe's parts: build it, run the loop, hand it over."""
+"""Train adapters from recipes' parts: build them, run the loop, hand them over."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,26 @@ from torch import nn
 from ..adapters.adapter import Adapter
 from ..adapters.prefix import FittedPrefix, join_prefix, prefix_shape
 from ..adapters.sites import select_sites
+from ..bases.front import hidden_front
 from ..bases.load import Base
 from ..bases.quiet import quiet
 from ..bases.views import View
-from ..errors import Unsupported
-from ..events import Listener, ignore
+from ..errors import StoreCorrupt, TrainingFailed, Unsupported
+from ..events import Listener, Note, ignore
 from ..formats.peft_config import LoraSpec, PrefixSpec
+from ..recipe.options import PeftAdapter
 from ..recipe.schema import LoraAdapter, PrefixAdapter, Recipe, TagTask
 from ..tasks.task import Example
-from .loop import History, run_loop
-from .objective import make_objective
+from .apart import Apart
+from .checkpoint import Checkpoints
+from .computation import Learner, Settings, make_computation
+from .frozen import unchanged
+from .loop import Referee, failed, run_loop
+from .member import FAILED, Course, History, Member
+from .signals import Wish
+from .start import start_from
 from .trainable import Trainable, TrainableLora, TrainablePrefix
+from .trainable_peft import TrainablePeft, peft_sites
 
 _TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "SEQ_CLS"}
 
@@ -35,6 +44,28 @@ class Trained:
     history: History
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """One adapter to train.
+
+    Attributes:
+        labels: number of classes, for encoders (that classify or tag, as the recipe's task says).
+        start_text: what a text-initialised prefix starts from when the recipe names no text.
+        start: the adapter whose values it starts with.
+        name: whose progress it is, where several are trained together.
+        lines: where in its file each training example is, for messages.
+    """
+
+    recipe: Recipe
+    train: Sequence[Example]
+    validation: Sequence[Example] = ()
+    labels: int = 0
+    start_text: str = ""
+    start: Adapter | None = None
+    name: str = ""
+    lines: Sequence[int] = ()
+
+
 def train_adapter(
     recipe: Recipe,
     base: Base,
@@ -45,39 +76,103 @@ def train_adapter(
     start_text: str = "",
     on_event: Listener = ignore,
 ) -> Trained:
-    """Train the adapter that `recipe` describes on `base`.
-
-    Args:
-        labels: number of classes, for encoders (that classify or tag, as the recipe's task says).
-        start_text: what a text-initialised prefix starts from when the recipe names no text.
+    """Train the adapter that `recipe` describes on `base`; see `Assignment` for the arguments.
 
     Raises:
         TrainingFailed: the loss diverged or memory ran out.
+        TrainingInterrupted: Ctrl-C or SIGTERM.
         Unsupported: this base cannot have such an adapter.
     """
-    seed = recipe.training.seed
-    generator = torch.Generator().manual_seed(seed)
-    with base.training(), torch.random.fork_rng(), quiet():
-        torch.manual_seed(seed)
-        task_type = _task_type(recipe, base)
-        adapter = _new_trainable(recipe, base, generator, start_text)
-        head = _new_head(base, task_type, labels, generator)
-        output = base.model.get_output_embeddings() if base.kind != "encoder" else None  # type: ignore[operator]
-        adapts_output = isinstance(adapter, TrainableLora) and any(s.module is output for s in adapter.sites.values())
-        objective = make_objective(base, head, adapts_output, task_type)
-        parameters = [*adapter.parameters(), *(head.parameters() if head else ())]
-        try:
-            # An encoder trains with its own dropout, as its makers and PEFT with Trainer do.
-            objective.train(True)
-            with adapter.attached():
-                history = run_loop(recipe.training, adapter, parameters, objective, train, validation, on_event)
-        finally:
-            objective.train(False)
-    tensors = {k: v.clone() for k, v in adapter.tensors().items()}
+    assignment = Assignment(recipe, train, validation, labels, start_text)
+    (found,) = train_adapters([assignment], base, on_event=on_event)
+    if isinstance(found, TrainingFailed):
+        raise found
+    return found
+
+
+def train_adapters(
+    assignments: Sequence[Assignment],
+    base: Base,
+    *,
+    checkpoints: Checkpoints | None = None,
+    settings: Settings | None = None,
+    on_event: Listener = ignore,
+    wish: Callable[[], int] | None = None,
+    referee: Referee | None = None,
+    apart: bool = False,
+) -> list[Trained | TrainingFailed]:
+    """Train adapters together on one base, each exactly as it would be alone; one result each, in order.
+
+    Args:
+        checkpoints: where the state is kept, and gone on from where there is one.
+        wish: asks whether to stop; None listens to Ctrl-C and SIGTERM.
+        referee: asked before every step who is to go on.
+        apart: compute the rows of a step learner by learner, where that is faster.
+
+    Raises:
+        TrainingFailed: memory ran out.
+        TrainingInterrupted: Ctrl-C or SIGTERM.
+        Unsupported: this base cannot have such an adapter.
+        StoreCorrupt: the checkpoint is damaged.
+    """
+    with Wish() as own, base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model):
+        learners, members = new_members(assignments, base)
+        if checkpoints is not None:
+            _restore(members, checkpoints, on_event)
+        computation = make_computation(base, learners, settings or Settings())
+        if apart:
+            computation = Apart(computation)
+        run_loop(members, computation, on_event, checkpoints, wish or (lambda: own.number), referee)
+    kept = checkpoints is not None
+    return [
+        failed(member, kept) if member.status == FAILED else _trained(member, learner, one, base)
+        for member, learner, one in zip(members, learners, assignments, strict=True)
+    ]
+
+
+def new_members(assignments: Sequence[Assignment], base: Base) -> tuple[list[Learner], list[Member]]:
+    """Fresh learners that have not begun."""
+    learners = [_learner(one, base) for one in assignments]
+    members = [
+        Member(i, learner, Course(one.recipe.training, one.train, one.validation, one.name, one.lines))
+        for i, (one, learner) in enumerate(zip(assignments, learners, strict=True))
+    ]
+    return learners, members
+
+
+def _learner(assignment: Assignment, base: Base) -> Learner:
+    """A fresh adapter and head, or one with the values to start from."""
+    recipe = assignment.recipe
+    generator = torch.Generator().manual_seed(recipe.training.seed)
+    torch.manual_seed(recipe.training.seed)
+    task_type = _task_type(recipe, base)
+    trainable = _new_trainable(recipe, base, generator, assignment.start_text)
+    made = Learner(trainable, _new_head(base, task_type, assignment.labels, generator), task_type)
+    if assignment.start is not None:
+        start_from(made, assignment.start, base.view(task_type).head_name)
+    return made
+
+
+def _restore(members: Sequence[Member], checkpoints: Checkpoints, on_event: Listener) -> None:
+    state = checkpoints.latest()
+    if state is None:
+        return
+    try:
+        for member, tensors, plain in zip(members, state.tensors, state.plain, strict=True):
+            member.restore(tensors, plain)
+    except (ValueError, LookupError, TypeError) as error:
+        hint = "Start anew with --from-scratch."
+        raise StoreCorrupt(f"The checkpoint does not fit this run: {error}.", hint) from error
+    on_event(Note(f"going on from step {state.step}"))
+
+
+def _trained(member: Member, learner: Learner, assignment: Assignment, base: Base) -> Trained:
+    trainable, head = learner.trainable, learner.head
+    tensors = {k: v.clone() for k, v in trainable.tensors().items()}
     if head is not None:
-        name = base.view(task_type).head_name
-        tensors |= {f"{adapter.head_prefix}{name}.{k}": v.detach().clone() for k, v in head.state_dict().items()}
-    return Trained(Adapter(adapter.spec, tensors, name=recipe.name), history)
+        name = base.view(learner.task_type).head_name
+        tensors |= {f"{trainable.head_prefix}{name}.{k}": v.detach().clone() for k, v in head.state_dict().items()}
+    return Trained(Adapter(trainable.spec, tensors, name=assignment.recipe.name), member.history)
 
 
 def _task_type(recipe: Recipe, base: Base) -> str:
@@ -96,7 +191,17 @@ def _new_trainable(recipe: Recipe, base: Base, generator: torch.Generator, start
     }
     if isinstance(recipe.adapter, PrefixAdapter):
         return _new_prefix(recipe.adapter, base, common, generator, start_text)
+    if isinstance(recipe.adapter, PeftAdapter):
+        return _new_peft(recipe.adapter, base, common)
     return _new_lora(recipe.adapter, base, common, generator)
+
+
+def _new_peft(config: PeftAdapter, base: Base, common: dict[str, Any]) -> TrainablePeft:
+    output = base.model.get_output_embeddings() if base.kind != "encoder" else None  # type: ignore[operator]
+    view = base.view(common["task_type"])
+    sites = peft_sites(config.method, config.targets, view.modules, output)
+    suffixes = sorted({_suffix(name, sites, view) for name in sites})
+    return TrainablePeft(config.method, config.options, sites, view.modules, suffixes, common)
 
 
 def _new_lora(config: LoraAdapter, base: Base, common: dict[str, Any], generator: torch.Generator) -> TrainableLora:
@@ -132,6 +237,8 @@ def _suffix(name: str, sites: dict[str, nn.Module], view: View) -> str:
 def _new_prefix(
     config: PrefixAdapter, base: Base, common: dict[str, Any], generator: torch.Generator, start_text: str
 ) -> TrainablePrefix:
+    if base.kind == "causal" and (what := hidden_front(base.config)):
+        raise Unsupported(f"{base.name} has {what}: a prefix could not be served.", "Use adapter.type: lora.")
     shape = prefix_shape(base.config)
     if base.kind == "encoder" and base.config.model_type not in (
         "bert",

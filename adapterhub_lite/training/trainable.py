@@ -21,6 +21,7 @@ from ..adapters.sites import features, is_conv1d
 from ..bases.inputs import PrefixRows
 from ..bases.quantization import dense_weight
 from ..formats.peft_config import LoraSpec, PrefixSpec
+from .trainable_peft import TrainablePeft
 
 
 @dataclass
@@ -195,4 +196,4 @@ def _projection(width: int, hidden: int, out: int, generator: torch.Generator) -
     return network
 
 
-Trainable = TrainableLora | TrainablePrefix
+Trainable = TrainableLora | TrainablePrefix | TrainablePeft

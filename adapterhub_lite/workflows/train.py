@@ -1,37 +1,38 @@
-"""From a recipe to a stored version: data, base, training, proof of effect, metrics, card, store."""
+"""From recipes to stored versions: data, base, training, and what is published of it."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, stored_adapter
 from ..bases.load import Base, load_base
-from ..bases.quiet import quiet
-from ..errors import Unsupported
-from ..evaluation.evaluate import evaluate
-from ..events import Evaluated, Listener, Note, Stage, ignore
-from ..formats.card import Card, examples_of
-from ..formats.specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec
+from ..errors import AdapterHubError, AdapterMismatch, NoEffect, TrainingFailed, Unsupported
+from ..events import Listener, Note, Stage, ignore
 from ..names import Ref, check_name
 from ..recipe import FileData, Recipe, load_recipe, recipe_dict
-from ..runtime.certificate import measure
+from ..runtime.admit import compare_base
 from ..runtime.prompting import position_limit
-from ..runtime.runtime import Runtime
 from ..store import Store
 from ..tasks.classify import Classify
+from ..tasks.instruct import Instruct
 from ..tasks.registry import make_task
 from ..tasks.rows import Rows, read_hub, read_jsonl
 from ..tasks.tag import Tag
 from ..tasks.task import Task
-from ..training.loop import History
-from ..training.train import Trained, train_adapter
-from .rescue import rescued
+from ..training.runs import Identity, Run, data_identity
+from ..training.train import Assignment, Trained, train_adapters
+from .plan import chosen_setup, kept_setup, wanted_copies
+from .publish import Origin, publish
+from .publish import base_summary as base_summary
+from .publish import libraries as libraries
 
-_LIBRARIES = ("adapterhub-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
+Overrides = Mapping[str, object] | Sequence[str]
 
 
 def train(
@@ -39,8 +40,10 @@ def train(
     *,
     store: Store | None = None,
     base: Base | None = None,
-    overrides: Mapping[str, object] | Sequence[str] = (),
+    overrides: Overrides = (),
     name: str | None = None,
+    resume: bool = False,
+    from_scratch: bool = False,
     on_event: Listener = ignore,
 ) -> Ref:
     """Train what a recipe describes and store it as a new version.
@@ -50,41 +53,248 @@ def train(
         base: a base that is loaded already; it must be the recipe's, in the recipe's quantisation.
         overrides: {"training.epochs": 1} or ["training.epochs=1"].
         name: the adapter's name in the store, instead of the recipe's.
+        resume: go on with the run that was broken off; the result is what it would have been.
+        from_scratch: begin anew although there is one.
 
     Raises:
         RecipeError, DataError: found before the first step.
-        TrainingFailed, NoEffect: nothing is published.
-        StoreError: it was trained, but could not be stored; the message says where it is kept.
+        TrainingFailed, NoEffect: nothing is published; also where a run was broken off and neither `resume` nor
+            `from_scratch` is given, and where what it was begun with has changed.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state is kept.
+        StoreError: it was trained, but could not be stored, and the message says where it is kept; or another process
+            trains the same.
     """
-    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    name = check_name(name or plan.name)
+    plan = _loaded(recipe, overrides)
+    plan = replace(plan, name=check_name(name or plan.name))
+    (ref,) = _train([plan], store, base, resume, from_scratch, on_event)
+    return ref
+
+
+def train_together(
+    recipes: Sequence[str | Path | Recipe],
+    *,
+    store: Store | None = None,
+    base: Base | None = None,
+    overrides: Overrides = (),
+    resume: bool = False,
+    from_scratch: bool = False,
+    on_event: Listener = ignore,
+) -> list[Ref]:
+    """Train several recipes at once on one base, each exactly as it would be alone, and store a version of each.
+
+    Args:
+        overrides: apply to every recipe; the other arguments are those of `train`.
+
+    Raises:
+        Unsupported: their bases or quantisations differ.
+        TrainingFailed: one of them diverged; the others are stored all the same, and the message names them.
+    """
+    plans = [_loaded(recipe, overrides) for recipe in recipes]
+    check_together(plans)
+    return _train(plans, store, base, resume, from_scratch, on_event)
+
+
+def check_together(plans: Sequence[Recipe]) -> None:
+    """Raise Unsupported if these cannot be trained on one base."""
+    if not plans:
+        raise Unsupported("There is no recipe to train.", "Name one at least.")
+    first = plans[0]
+    for plan in plans[1:]:
+        for what, one, other in (("base", first.base, plan.base), ("quantize", first.quantize, plan.quantize)):
+            if one != other:
+                raise Unsupported(
+                    f"{first.name} has {what}: {one}, {plan.name} has {what}: {other}; trained together they share one "
+                    "base in memory.",
+                    "Train them one after the other, or give them the same.",
+                )
+
+
+@dataclass
+class _Job:
+    """One recipe on its way through a run."""
+
+    plan: Recipe
+    rows: dict[str, Rows]
+    task: Task
+    start: Ref | None = None
+
+    @cached_property
+    def data(self) -> dict[str, dict[str, Any]]:
+        """What a run remembers of the rows."""
+        return {part: data_identity(rows) for part, rows in self.rows.items()}
+
+    def identity(self, base: Base | None = None) -> Identity:
+        """What its run is made of, as far as it is known."""
+        start = f"{self.start} {(self.start.digest or '')[:12]}" if self.start else ""
+        source = str(Path(self.plan.source).absolute()) if self.plan.source else ""
+        made = Identity(self.plan.name, recipe_dict(self.plan), self.data, start=start, source=source)
+        if base is None:
+            return made
+        told = {"name": base.name, "quantization": base.quantization}
+        told |= {key: choice.value for key, choice in base.choices.items()} | base.fingerprint.to_dict()
+        return replace(made, base=told, libraries=libraries())
+
+
+def _train(
+    plans: Sequence[Recipe],
+    store: Store | None,
+    base: Base | None,
+    resume: bool,
+    from_scratch: bool,
+    on_event: Listener,
+) -> list[Ref]:
+    if resume and from_scratch:
+        raise Unsupported("To go on with a run and to begin anew exclude each other.", "Ask for one of them.")
     store = store if store is not None else Store()
     started = time.perf_counter()
-    rows = read_data(plan)
+    jobs = _jobs(plans, store)
     store.prepare()
-    task = make_task(recipe_dict(plan)["task"])
-    task.prepare(rows["train"])
-    base = base or load_base(plan.base, plan.quantize, on_event=on_event)
+    parts = [job.rows for job in jobs]
+    with Run(store.path, [job.identity() for job in jobs], on_event=on_event) as run:
+        run.check(resume, from_scratch, parts)
+        own = base is None
+        base = base or load_base(
+            plans[0].base, plans[0].quantize, working_copies=wanted_copies(plans), on_event=on_event
+        )
+        assignments = [_assignment(job, base, store, len(jobs) > 1, on_event) for job in jobs]
+        setup = None if resume else chosen_setup(assignments, base, own, on_event)
+        told = asdict(setup) if setup else None
+        checkpoints = run.begin([job.identity(base) for job in jobs], parts, resume, told, **_checkpointing(plans))
+        settings = (setup or kept_setup(assignments, base, run.computed)).settings
+        for job, one in zip(jobs, assignments, strict=True):
+            on_event(Stage(f"training {job.plan.name} on {base.name}: {len(one.train)} examples"))
+        found = train_adapters(assignments, base, checkpoints=checkpoints, settings=settings, on_event=on_event)
+        refs = _publish_all(store, jobs, base, found, run, resume, started, on_event)
+        run.done = True
+    return refs
+
+
+def _jobs(plans: Sequence[Recipe], store: Store) -> list[_Job]:
+    """Recipes with their rows read and what they start from found."""
+    jobs = [_Job(plan, read_data(plan), make_task(recipe_dict(plan)["task"])) for plan in plans]
+    for job in jobs:
+        job.task.prepare(job.rows["train"])
+        job.start = store.resolve(job.plan.start_from) if job.plan.start_from else None
+    return jobs
+
+
+def _publish_all(
+    store: Store,
+    jobs: Sequence[_Job],
+    base: Base,
+    found: Sequence[Trained | TrainingFailed],
+    run: Run,
+    resume: bool,
+    started: float,
+    on_event: Listener,
+) -> list[Ref]:
+    """A version of each that was trained; after that the first failure is raised, where there is one."""
+    refs: list[Ref] = []
+    failures: list[AdapterHubError] = []
+    for index, (job, trained) in enumerate(zip(jobs, found, strict=True)):
+        if isinstance(trained, TrainingFailed):
+            failures.append(trained)
+            continue
+        told: dict[str, Any] = {"run": run.id, "learner": index}
+        if len(jobs) > 1:
+            told["together"] = [other.plan.name for other in jobs]
+        if changed := _changed_since(job.rows):
+            told["data_changed"] = changed
+            on_event(Note(f"{', '.join(changed)} changed while {job.plan.name} was trained", "warning"))
+        ref = _stored_before(store, job.plan.name, run.id, index) if resume else None
+        origin = Origin(started, [job.start] if job.start else [], told)
+        try:
+            ref = ref or publish(store, job.plan.name, job.plan, base, job.task, job.rows, trained, origin, on_event)
+        except NoEffect as error:
+            run.done = len(jobs) == 1  # it would be the same again
+            failures.append(error)
+            continue
+        on_event(Note(f"stored {ref} ({(ref.digest or '')[:12]})"))
+        refs.append(ref)
+    if failures:
+        first = failures[0]
+        beside = f" Stored beside it: {', '.join(map(str, refs))}." if refs else ""
+        raise type(first)(first.message + beside, first.hint)
+    return refs
+
+
+def _stored_before(store: Store, name: str, run: str, learner: int) -> Ref | None:
+    """The version that this run stored before it was broken off, if it came so far."""
+    for version in reversed(store.versions(name) if name in store.names() else []):
+        ref = Ref(name, version=version)
+        origin = store.card(ref).origin
+        if origin.get("run") == run and origin.get("learner") == learner:
+            return store.resolve(ref)
+    return None
+
+
+def _loaded(recipe: str | Path | Recipe, overrides: Overrides) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+
+
+def _checkpointing(plans: Sequence[Recipe]) -> dict[str, Any]:
+    """When checkpoints are written: as often as the most careful recipe wants."""
+    configs = [plan.training for plan in plans]
+    return {
+        "steps": min((c.checkpoint_steps for c in configs if c.checkpoint_steps), default=None),
+        "seconds": min((c.checkpoint_seconds for c in configs if c.checkpoint_seconds), default=None),
+        "evaluations": any(c.checkpoints for c in configs),
+    }
+
+
+def _assignment(job: _Job, base: Base, store: Store, together: bool, on_event: Listener) -> Assignment:
+    """What is trained, checked as far as it can be before the first step."""
+    plan, task = job.plan, job.task
     _check_base(plan, base)
     _check_positions(plan, base)
     examples = {
         split: task.examples(part, base.tokenizer, base.kind, plan.training.max_length)
-        for split, part in rows.items()
+        for split, part in job.rows.items()
         if split != "test"
     }
-    on_event(Stage(f"training {name} on {base.name}: {len(examples['train'])} examples"))
-    trained = train_adapter(
+    for remark in task.remarks if isinstance(task, Instruct) else ():
+        on_event(Note(remark, "warning"))
+    lines = job.rows["train"].lines
+    return Assignment(
         plan,
-        base,
         examples["train"],
         examples.get("validation", ()),
         labels=len(task.labels) if isinstance(task, Classify | Tag) else 0,
         start_text=_describe(task),
-        on_event=on_event,
+        start=_start(job, base, store, on_event) if job.start else None,
+        name=plan.name if together else "",
+        lines=lines if len(lines) == len(examples["train"]) else (),
     )
-    ref = _publish(store, name, plan, base, task, rows, trained, started, on_event)
-    on_event(Note(f"stored {ref} ({(ref.digest or '')[:12]})"))
-    return ref
+
+
+def _start(job: _Job, base: Base, store: Store, on_event: Listener) -> Adapter:
+    """The adapter to start from, if it was made for this base and these labels."""
+    assert job.start is not None
+    card = store.card(job.start)
+    remark = compare_base(str(job.start), card.base, base)
+    if remark:
+        on_event(Note(remark, "warning"))
+    before, now = card.task.get("labels"), job.task.config.get("labels")
+    if base.kind == "encoder" and before and before != now:
+        raise AdapterMismatch(
+            f"{job.start} has {len(before)} labels ({', '.join(before[:5])}), "
+            f"this task {len(now or ())} ({', '.join((now or ())[:5])}).",
+            "Give the recipe the same labels in the same order, as task.labels.",
+        )
+    return stored_adapter(store.read(job.start))
+
+
+def _changed_since(rows: Mapping[str, Rows]) -> list[str]:
+    """The files whose content is no longer what was read."""
+    return [part.source for part in rows.values() if part.is_file and _digest(Path(part.source)) != part.sha256]
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def read_data(recipe: Recipe) -> dict[str, Rows]:
@@ -100,52 +310,6 @@ def read_data(recipe: Recipe) -> dict[str, Rows]:
         else:
             parts[split] = read_hub(source.hub, source.split, source.config, source.revision)
     return parts
-
-
-def libraries() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def adapter_summary(adapter: Adapter) -> dict[str, Any]:
-    """What a card says of the adapter's shape and size."""
-    size = {
-        "tensors": len(adapter.tensors),
-        "parameters": adapter.parameters,
-        "bytes": sum(t.nbytes for t in adapter.tensors.values()),
-    }
-    if isinstance(adapter.spec, LoraSpec):
-        kind = "dora" if adapter.spec.use_dora else "lora"
-        return {"type": kind, "rank": adapter.spec.rank, "alpha": adapter.spec.alpha, **size}
-    if isinstance(adapter.spec, FactoredSpec):
-        return {"type": adapter.spec.method.lower(), "rank": adapter.spec.rank, "alpha": adapter.spec.alpha, **size}
-    if isinstance(adapter.spec, Ia3Spec):
-        return {"type": "ia3", **size}
-    if isinstance(adapter.spec, InjectedSpec):
-        return {"type": adapter.spec.method.lower(), **size}
-    kind = "prefix" if isinstance(adapter.spec, PrefixSpec) else "prompt"
-    return {"type": kind, "tokens": adapter.spec.num_virtual_tokens, **size}
-
-
-def base_summary(base: Base) -> dict[str, Any]:
-    """What a card says of the base; repo and commit only where its files came from the Hub."""
-    kind, _, repo = base.source.origin.partition(" ")
-    from_hub = {"repo": repo, "commit": base.source.revision} if kind == "hub" else {}
-    return {
-        "name": base.name,
-        "revision": base.source.revision,
-        "kind": base.kind,
-        "fingerprint": base.fingerprint.to_dict(),
-        "quantization": base.quantization,
-        "dtype": base.choices["dtype"].value,
-        **from_hub,
-    }
 
 
 def _check_base(plan: Recipe, base: Base) -> None:
@@ -177,60 +341,3 @@ def _describe(task: Task) -> str:
     return str(
         task.config.get("system") or "Follow the instruction. Answer with the result alone, without explanation."
     )
-
-
-def _publish(
-    store: Store,
-    name: str,
-    plan: Recipe,
-    base: Base,
-    task: Task,
-    rows: dict[str, Rows],
-    trained: Trained,
-    started: float,
-    on_event: Listener,
-) -> Ref:
-    runtime = Runtime(base, store, slots=1, batch_size=64, on_event=on_event)
-    try:
-        with quiet():
-            held = runtime.attach(trained.adapter, task)
-            effect = measure(runtime, held)
-            metrics: dict[str, dict[str, float]] = {}
-            examples: dict[str, Any] = {}
-            split = next((s for s in ("test", "validation") if s in rows), None)
-            if split is not None:
-                title = f"measuring {name} on {split}"
-                found = evaluate(runtime, task, rows[split], held, on_event, title)
-                metrics[split], examples[split] = found.metrics, examples_of(found.answers)
-                on_event(Evaluated(split, len(trained.history.losses), metrics[split]))
-    finally:
-        runtime.close()
-    card = Card(
-        adapter=adapter_summary(trained.adapter),
-        base=base_summary(base),
-        task={**task.config, "max_length": plan.training.max_length},
-        recipe=recipe_dict(plan),
-        data={split: part.summary() for split, part in rows.items()},
-        seed=plan.training.seed,
-        libraries=libraries(),
-        metrics=metrics,
-        effect=effect,
-        examples=examples,
-        origin={"kind": "trained", **_history(trained.history)},
-        duration_seconds=round(time.perf_counter() - started, 3),
-    )
-    files = trained.adapter.files()
-    try:
-        return store.put(name, dict(files), card)
-    except OSError as error:  # also a StoreError: hours of work are not lost to a full disk
-        raise rescued(name, files, card, base, store, error) from error
-
-
-def _history(history: History) -> dict[str, Any]:
-    return {
-        "steps": len(history.losses),
-        "tokens": history.tokens,
-        "training_seconds": round(history.seconds, 3),
-        "losses": [round(v, 5) for v in history.losses],
-        "evaluations": history.evaluations,
-    }

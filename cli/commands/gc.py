@@ -15,7 +15,8 @@ from ..options import JsonOption, StoreOption
 from ..render import counted, emit, printable, say, size
 
 if TYPE_CHECKING:
-    from ...store import Leftover, Swept
+    from ...store import Leftover, Store, Swept
+    from ...training.run_folders import BrokenOff
 
 app = new_app()
 _HOURS = 24.0
@@ -30,6 +31,9 @@ def run(
         float | None,
         typer.Option("--older-than", min=0.0, metavar="HOURS", help="Age of unfinished work that is given up [24]."),
     ] = None,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="Remove training runs that were broken off, too; --resume has nothing then.")
+    ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,8 +46,10 @@ def run(
     opened.require()
     hours = _HOURS if hours is None else hours
     swept = opened.sweep(dry_run, hours * 3600)
+    waiting = _runs(opened, runs and not dry_run)
     if as_json:
-        emit({"store": str(opened.path), "dry_run": dry_run, **_report(swept)})
+        told = [{**asdict(one), "folder": str(one.folder)} for one in waiting]
+        emit({"store": str(opened.path), "dry_run": dry_run, **_report(swept), "runs": told})
         if swept.kept:
             raise Failure("Not everything could be removed.")
         return
@@ -55,12 +61,30 @@ def run(
     elif not swept.kept:
         say("Nothing is left over.")
     say(*_beside(swept, hours))
+    for waits in waiting:
+        say(_run_line(waits, runs, dry_run))
     if swept.kept:
         listed = ", ".join(one.path for one in swept.kept)
         raise StoreError(
             f"{counted(len(swept.kept), 'leftovers')} could not be removed from {opened.path}: {listed}.",
             "Make the store writable and try again.",
         )
+
+
+def _run_line(one: BrokenOff, wanted: bool, dry_run: bool) -> str:
+    fate = "`ahl train --resume` goes on with it; --runs removes it"
+    if wanted:
+        fate = "would go" if dry_run else "gone"
+    told = f"run of {', '.join(one.names)}, broken off after step {one.step}: {fate}"
+    return f"{size(one.bytes):>8}  {printable(f'runs/{one.folder.name}  ({told})')}"
+
+
+def _runs(store: Store, remove: bool) -> list[BrokenOff]:
+    """The training runs that were broken off; those that are gone now, if they are to be removed."""
+    from ...training.run_folders import broken_off, remove_run
+
+    found = broken_off(store.path)
+    return [one for one in found if remove_run(one.folder)] if remove else found
 
 
 def _beside(swept: Swept, hours: float) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -92,17 +93,19 @@ def test_interrupted_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_in_training_stores_nothing(shop: Shop, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    endless = ["train", shop.recipe("parrot"), "-o", "training.epochs=10000", "--store", str(store)]
+    changes = ["-o", "training.epochs=10000", "-o", "training.checkpoint_every=1"]
+    endless = ["train", shop.recipe("parrot"), *changes, "--store", str(store)]
     process = subprocess.Popen([*AHL, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("training"):
-            break
-    time.sleep(0.3)
+    while not list(store.glob("runs/*/checkpoint-*")) and process.poll() is None:
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted; nothing was stored"
+    last = err.splitlines()[-1]
+    assert last.startswith("Stopped after step ")
+    told = shlex.split(last.partition("Go on with: ")[2])
+    assert told == ["ahl", *endless, "--resume"]
     assert "Traceback" not in err
     assert Store(store).names() == []
 

@@ -139,17 +139,27 @@ class TestInstruct:
         assert task.inputs(rows({"x": "{q}", "q": "Q"})) == ["{q}: Q"]
 
     @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-    def test_answers_that_would_be_cut_are_refused(self, kind: str):
+    def test_answers_that_lose_their_end_are_told(self, kind: str):
         items = rows({"q": "x", "a": "y"}, {"q": "x", "a": "y" * 60}, {"q": "x", "a": "y" * 80})
         task, tokenizer = instruct(), TOKENIZERS[kind]
-        need = max(
-            len(e.ids) if kind == "causal" else len(e.labels) for e in task.examples(items, tokenizer, kind, 999)
-        )
-        assert len(task.examples(items, tokenizer, kind, need)) == 3
-        with pytest.raises(DataError, match=r"1 rows.*line 3.*max_length|1 rows are longer"):
-            task.examples(items, tokenizer, kind, need - 1)
-        with pytest.raises(DataError, match=r"2 rows"):
-            task.examples(items, tokenizer, kind, 50)
+        whole = task.examples(items, tokenizer, kind, 999)
+        need = max(len(e.ids) if kind == "causal" else len(e.labels) for e in whole)
+        assert task.examples(items, tokenizer, kind, need) == whole
+        assert task.remarks == []
+        cut = task.examples(items, tokenizer, kind, need - 1)
+        assert cut[:2] == whole[:2]
+        assert cut[2].labels == whole[2].labels[: need - 1]
+        assert cut[2].ids == whole[2].ids[: need - 1]
+        task.examples(items, tokenizer, kind, 50)
+        one, two = task.remarks
+        assert f"1 rows are longer than max_length {need - 1} (line 3)" in one
+        assert "2 rows are longer than max_length 50 (lines 2, 3)" in two
+        assert all(f"training.max_length {need} would hold them all" in text for text in (one, two))
+
+    def test_an_answer_of_which_nothing_is_left_is_refused(self):
+        items = rows({"q": "x", "a": "y"}, {"q": "x" * 90, "a": "y"}, {"q": "x" * 80, "a": "y"})
+        with pytest.raises(DataError, match=r"2 rows have prompts of max_length 60 tokens or more \(lines 2, 3\)"):
+            instruct().examples(items, TOKENIZERS["causal"], "causal", 60)
 
     def test_an_answer_without_a_token_is_refused(self):
         """Possible where the tokenizer has no end token; a batch of such rows would have no loss."""
@@ -159,12 +169,13 @@ class TestInstruct:
             instruct().examples(rows({"q": "x", "a": "y"}, {"q": "x", "a": ""}), tokenizer, "causal", 99)
 
     def test_following_the_advice_helps(self):
-        items = rows({"q": "x" * 30, "a": "y" * 60})
-        for kind in ("causal", "seq2seq"):
-            with pytest.raises(DataError) as caught:
-                instruct().examples(items, TOKENIZERS[kind], kind, 40)
-            advised = int(caught.value.hint.split("max_length to ")[1].split(",")[0])
-            assert len(instruct().examples(items, TOKENIZERS[kind], kind, advised)) == 1
+        items = rows({"q": "x" * 50, "a": "y" * 60}, {"q": "x", "a": "y" * 200})
+        with pytest.raises(DataError) as caught:
+            instruct().examples(items, TOKENIZERS["causal"], "causal", 40)
+        advised = int(caught.value.hint.split("max_length to ")[1].split(",")[0])
+        task = instruct()
+        assert len(task.examples(items, TOKENIZERS["causal"], "causal", advised)) == 2
+        assert task.remarks == []
 
     def test_missing_columns_are_found_before_training(self):
         with pytest.raises(DataError, match="no field 'a'"):

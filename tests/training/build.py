@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,10 @@ from adapterhub_lite.adapters.prefix import prefix_shape
 from adapterhub_lite.bases.load import Base
 from adapterhub_lite.formats.peft_config import LoraSpec, PrefixSpec
 from adapterhub_lite.tasks.task import IGNORED, Example
-from adapterhub_lite.training.objective import make_objective
+from adapterhub_lite.training.computation import Computation, Learner, Row, Settings, make_computation
 from adapterhub_lite.training.trainable import Trainable, TrainableLora, TrainablePrefix
 
+DROPLESS = Settings(dropout_of_base=False)
 EXAMPLES = {
     "causal": [
         Example([5, 6, 7, 8, 9, 10, 2], [IGNORED] * 4 + [9, 10, 2]),
@@ -34,16 +35,23 @@ EXAMPLES = {
 class Twin:
     """One of our trainable adapters (and head) that starts from a PEFT model's values."""
 
-    def __init__(self, base: Base, wrapped: Any, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        base: Base,
+        wrapped: Any,
+        make: Callable[..., Computation] = make_computation,
+        how: Settings = DROPLESS,
+    ) -> None:
         self.base = base
         self.peft = {n.replace(".default", ""): p for n, p in wrapped.named_parameters() if p.requires_grad}
         settings = wrapped.peft_config["default"]
         self.adapter: Trainable = (
             self._prefix(settings) if hasattr(settings, "num_virtual_tokens") else self._lora(settings)
         )
-        self.adapter.train(dropout > 0)
         self.head = self._head() if base.kind == "encoder" else None
-        self.objective = make_objective(base, self.head, adapts_output=False)
+        kind = {"encoder": "SEQ_CLS", "causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}[base.kind]
+        self.learner = Learner(self.adapter, self.head, kind)
+        self.computation = make(base, [self.learner], how)
 
     def _lora(self, settings: Any) -> TrainableLora:
         modules = self.base.view().modules
@@ -102,10 +110,8 @@ class Twin:
         own = self.parameters()
         for parameter in own.values():
             parameter.grad = None
-        with self.adapter.attached():
-            found = self.objective(self.adapter, examples)
-            found.total.backward()
-        return float(found.total.detach()), [(n, p.grad) for n, p in own.items()]
+        (sums,) = self.computation.gradients([Row(e, key=77 + i) for i, e in enumerate(examples)])
+        return sums.total, [(n, p.grad) for n, p in own.items()]
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that is trained, by name."""

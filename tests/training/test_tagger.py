@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from adapterhub_lite.bases.fetch import cached
 from adapterhub_lite.bases.load import Base
 from adapterhub_lite.errors import DataError, EffectChanged, RecipeError, Unsupported
+from adapterhub_lite.formats.peft_config import LoraSpec
 from adapterhub_lite.recipe import TagTask, load_recipe
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
@@ -23,7 +24,8 @@ from adapterhub_lite.tasks.rows import Rows, read_jsonl
 from adapterhub_lite.tasks.spans import spans
 from adapterhub_lite.tasks.tag import Tag
 from adapterhub_lite.tasks.task import IGNORED, Example
-from adapterhub_lite.training.objective import make_objective
+from adapterhub_lite.training.computation import Learner, Row, Settings, make_computation
+from adapterhub_lite.training.trainable import TrainableLora
 from adapterhub_lite.workflows.deep_verify import verify_deep
 from adapterhub_lite.workflows.diff import diff
 from adapterhub_lite.workflows.evaluate import evaluate
@@ -110,17 +112,16 @@ def test_loss_and_gradients_of_a_head_are_those_of_transformers(tiny_base, famil
         Example([1, 5, 6, 7, 2], [IGNORED, 0, IGNORED, 3, IGNORED]),
         Example([1, 30, 2], [IGNORED, 2, IGNORED]),
     ]
-    objective = make_objective(base, head, False, "TOKEN_CLS")
-    adapter = type("None", (), {"prefix": lambda self, rows, dtype: None})()
-    found = objective(adapter, examples)
-    found.total.backward()
+    adapter = TrainableLora(LoraSpec(rank=1, alpha=1), {}, torch.Generator())
+    computation = make_computation(base, [Learner(adapter, head, "TOKEN_CLS")], Settings(dropout_of_base=False))
+    (found,) = computation.gradients([Row(example) for example in examples])
     ids, labels = torch.tensor([[1, 5, 6, 7, 2], [1, 30, 2, 0, 0]]), torch.full((2, 5), IGNORED)
     labels[0, 1], labels[0, 3], labels[1, 1] = 0, 3, 2
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
     loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
     loss.backward()
     assert found.count == 3
-    assert float(found.total.detach()) / 3 == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert found.total / 3 == pytest.approx(float(loss.detach()), rel=1e-5)
     expected = dict(theirs.classifier.named_parameters())
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(parameter.grad / 3, expected[name].grad, rtol=1e-4, atol=1e-6)

@@ -17,8 +17,9 @@ from adapterhub_lite.events import Evaluated, Step
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
 from adapterhub_lite.tasks.task import IGNORED, Example
-from adapterhub_lite.training import loop
 from adapterhub_lite.training.batches import epoch_batches
+from adapterhub_lite.training.computation import Learner, Settings, make_computation
+from adapterhub_lite.training.member import Course, Member
 from adapterhub_lite.training.schedule import rate_factor
 from adapterhub_lite.training.train import train_adapter
 from adapterhub_lite.workflows.train import train
@@ -118,15 +119,18 @@ def test_accumulated_batches_are_one_large_batch(tiny_base, tmp_path: Path):
     wrapped = peers.wrap(peers.plain(base.source.folder, "CAUSAL_LM"), peers.config("llama", "lora", "CAUSAL_LM"))
     config = replace(recipes.load(tmp_path, base, LORA).training, max_grad_norm=1e9)
     found = []
-    for batches in ([CAUSAL], [CAUSAL[:2], CAUSAL[2:7], CAUSAL[7:]]):
+    for size, accumulation in ((12, 1), (5, 3)):
         twin = Twin(base, wrapped)
-        parameters = list(twin.parameters().values())
-        with twin.adapter.attached():
-            loss, tokens = loop._one_step(config, twin.adapter, parameters, twin.objective, batches, 0)
-        found.append((loss, tokens, [(n, p.grad) for n, p in twin.parameters().items()]))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert found[0][1] == found[1][1] == sum(len(e.ids) for e in CAUSAL)
-    assert_gradients_equal(found[1][2], [g for _, g in found[0][2]], relative=1e-5)
+        learner = Learner(twin.adapter, None, "CAUSAL_LM")
+        sizes = replace(config, batch_size=size, gradient_accumulation=accumulation)
+        member = Member(0, learner, Course(sizes, CAUSAL))
+        (sums,) = make_computation(base, [learner], Settings(pack_tokens=20 * size)).gradients(member.rows())
+        assert member.learn(sums)
+        found.append((member.history, [(n, p.grad.clone()) for n, p in twin.parameters().items()]))
+    (whole, grads), (parts, others) = found
+    assert whole.losses == pytest.approx(parts.losses, rel=1e-6)
+    assert whole.tokens == parts.tokens == sum(len(e.ids) for e in CAUSAL)
+    assert_gradients_equal(others, [g for _, g in grads], relative=1e-5)
 
 
 def test_a_step_is_adamw_on_the_clipped_mean_gradient(tiny_base, tmp_path: Path):
@@ -184,15 +188,9 @@ def test_watching_does_not_change_the_run(tiny_base, tmp_path: Path):
     base = tiny_base("bert")
     recipe = recipes.load(tmp_path, base, {**LORA, "dropout": 0.2}, {"eval_every": 1, "epochs": 2})
     examples = [Example(e.ids, [i % 3]) for i, e in enumerate(CAUSAL)]
-    alone = train_adapter(recipe, base, examples, labels=3)
-    modes = []
-
-    def listen(event: object) -> None:
-        if isinstance(event, Evaluated):
-            modes.append(base.model.training)
-
-    watched = train_adapter(recipe, base, examples, examples[:5], labels=3, on_event=listen)
-    assert modes == [True] * 6
+    alone, seen = train_adapter(recipe, base, examples, labels=3), []
+    watched = train_adapter(recipe, base, examples, examples[:5], labels=3, on_event=seen.append)
+    assert len([e for e in seen if isinstance(e, Evaluated)]) == 6
     assert alone.history.losses == watched.history.losses
     assert all(torch.equal(v, watched.adapter.tensors[k]) for k, v in alone.adapter.tensors.items())
 
@@ -273,14 +271,14 @@ class TestFailures:
         assert_store_sound(store.path)
 
     def test_no_memory(self, base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        def forward(*_: object, **__: object) -> None:
-            raise torch.OutOfMemoryError("no memory")
+        class NoMemory:
+            def gradients(self, rows: object) -> None:
+                raise torch.OutOfMemoryError("no memory")
 
         store = Store()
         path = recipes.write(tmp_path, base, LORA)
         with monkeypatch.context() as patch:
-            patch.setattr(base.model.model.layers[1].mlp, "forward", forward)
-            patch.setattr("adapterhub_lite.training.train.make_objective", _without_probe)
+            patch.setattr("adapterhub_lite.training.train.make_computation", lambda *_: NoMemory())
             with pytest.raises(TrainingFailed, match=r"batch_size 4.*gradient_accumulation"):
                 train(path, store=store, base=base)
         assert store.names() == []
@@ -308,7 +306,7 @@ class TestFailures:
 
     def test_data_is_checked_before_the_first_step(self, base, tmp_path: Path):
         path = recipes.write(tmp_path, base, LORA)
-        (tmp_path / "validation.jsonl").write_text('{"prompt": "x", "completion": "' + "y" * 200 + '"}')
+        (tmp_path / "validation.jsonl").write_text('{"prompt": "' + "x" * 200 + '", "completion": "y"}')
         seen = []
         with pytest.raises(DataError, match=r"validation\.jsonl.*line 1"):
             train(path, store=Store(), base=base, on_event=seen.append)
@@ -318,9 +316,3 @@ class TestFailures:
         path = recipes.write(tmp_path, base, {**LORA, "targets": ["q_proj", "c_attn"]})
         with pytest.raises(Unsupported, match=r"c_attn.*down_proj"):
             train(path, store=Store(), base=base)
-
-
-def _without_probe(base, head, adapts_output, task_type):
-    from adapterhub_lite.training import objective
-
-    return objective._LanguageModel(base, chunked=True)

@@ -1,0 +1,120 @@
+"""What computes the gradients of an optimiser step, whichever way a base is computed.
+
+Gradients are sums over rows: packing, padding and who computes beside a row change nothing but rounding. The loop
+divides each learner's gradients by its own count, clips them by their own norm and steps its own optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from ..bases.load import Base
+from ..tasks.task import Example
+from .trainable import Trainable
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example of one learner in one optimiser step.
+
+    Attributes:
+        learner: index into the learners that are trained together.
+        key: 63-bit number that names this row in this step; dropout masks are a pure function of it.
+    """
+
+    example: Example
+    learner: int = 0
+    key: int = 0
+
+
+@dataclass
+class Sums:
+    """What rows of one learner gave: summed loss over `count` supervised items; `tokens` real tokens; right labels
+    (`hits`) where there are classes.
+    """
+
+    total: float = 0.0
+    count: int = 0
+    tokens: int = 0
+    hits: int | None = None
+
+
+@dataclass
+class Learner:
+    """One adapter in training: its trainable tensors, and the head of an encoder."""
+
+    trainable: Trainable
+    head: nn.Module | None = None
+    task_type: str = "CAUSAL_LM"
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters, the head's last."""
+        return [*self.trainable.parameters(), *(self.head.parameters() if self.head is not None else ())]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a step is computed; none of it changes what is computed.
+
+    Attributes:
+        pack_tokens: most tokens of one forward and backward; a longer row runs alone.
+        checkpoint: keep only each layer's input, and compute the rest again in the backward.
+        dropout_of_base: encoders train with their own dropout.
+    """
+
+    pack_tokens: int = 1024
+    checkpoint: bool = False
+    dropout_of_base: bool = True
+
+
+class Computation(Protocol):
+    """Rows in, gradients in the learners' parameters out. Keeps nothing between calls but buffers.
+
+    Attributes:
+        name: e.g. "fused decoder"; a plan prints it.
+        why: one sentence on why it is this one.
+    """
+
+    name: str
+    why: str
+
+    def gradients(self, rows: Sequence[Row]) -> list[Sums]:
+        """Add the gradients of each row's summed loss to its learner's parameters' `.grad` (made where None).
+
+        Args:
+            rows: all rows of one optimiser step, of all learners, in any order.
+
+        Returns:
+            The sums of each learner.
+        """
+        ...
+
+    def losses(self, rows: Sequence[Row]) -> list[Sums]:
+        """The same sums without gradients and with all dropout off."""
+        ...
+
+
+def make_computation(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
+    """The fastest computation that covers this base and all of these learners."""
+    from .decoder import FusedDecoder
+    from .decoder_parts import not_covered
+
+    reason = not_covered(base, learners)
+    if reason is None:
+        return FusedDecoder(base, learners, settings)
+    if base.kind == "encoder":
+        from .encoder import FusedEncoder
+        from .encoder_parts import not_covered as not_covered_encoder
+
+        reason = not_covered_encoder(base, learners)
+        if reason is None:
+            return FusedEncoder(base, learners, settings)
+    from .modules import ModuleComputation
+
+    made: Computation = ModuleComputation(base, learners, settings)
+    made.why = reason
+    return made

@@ -1,0 +1,197 @@
+"""A plan before the first step: what a run will take, and the setup that costs least speed of those that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..bases.load import Base, load_base
+from ..errors import Unsupported
+from ..events import Listener, Note, Stage, ignore
+from ..recipe import FileData, Recipe, recipe_dict
+from ..recipe.training import AUTO
+from ..store import Store
+from ..training.batches import Order
+from ..training.calibrate import TooLarge, calibrate, copies_dropped
+from ..training.plan import (
+    Plan,
+    Setup,
+    bytes_text,
+    fits,
+    ladder,
+    memory_of,
+    parse_size,
+)
+from ..training.room import room
+from ..training.train import Assignment
+from .plan_told import Tried, copies_there, longest_row, plan_of, refusal
+
+# Timing packs would take a notable part of a run with less to do: parameters times tokens times 6, its products.
+_LONG = 1e13
+_SMALL = 0.02  # a base of this share of the memory that there is can be trained on, whatever else there is
+
+
+def plan(
+    *recipes: str | Path | Recipe,
+    store: Store | None = None,
+    base: Base | None = None,
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    fit: int | str | None = None,
+    on_event: Listener = ignore,
+) -> Plan:
+    """What training these recipes, together if several, takes on this machine. Nothing is trained or stored.
+
+    Args:
+        store: where `start_from` is looked up.
+        base: a base that is loaded already; it is left as it was.
+        fit: bytes, or text such as 8GB, that the process (the device, on a GPU) may hold at most.
+
+    Raises:
+        RecipeError, DataError, Unsupported: as training would.
+        CapacityError: it does not fit, whichever setup is taken; the hint says what to change.
+    """
+    from .train import _assignment, _jobs, _loaded, check_together
+
+    limit = None if fit is None else parse_size(fit)
+    plans = [_loaded(recipe, overrides) for recipe in recipes]
+    check_together(plans)
+    store = store if store is not None else Store()
+    jobs = _jobs(plans, store)
+    base = base or load_base(plans[0].base, plans[0].quantize, working_copies=wanted_copies(plans), on_event=on_event)
+    assignments = [_assignment(job, base, store, len(jobs) > 1, on_event) for job in jobs]
+    on_event(Stage("trying a few packs"))
+    return bestplan_of(assignments, base, limit)
+
+
+def best_plan(
+    assignments: Sequence[Assignment],
+    base: Base,
+    fit: int | None = None,
+    *,
+    may_drop: bool = True,
+    keep_choice: bool = False,
+    repeats: int = 2,
+) -> Plan:
+    """The plan with the setup that costs least speed of those that fit.
+
+    Args:
+        may_drop: whether working copies may be done without.
+        keep_choice: leave the base without them, if that was chosen.
+
+    Raises:
+        CapacityError: none fits.
+    """
+    configs = [one.recipe.training for one in assignments]
+    has_copies = copies_there(base)
+    tried: list[Tried] = []
+    bare: int | None = None  # libraries' first use counts as what training takes, also where setups were tried before
+    for setup in ladder(configs, longest_row(assignments), has_copies, base.device.type, may_drop):
+        drops = has_copies and not setup.working_copies
+        chosen = False
+        bare = bare if bare is not None and not drops else None
+        with copies_dropped(base, lambda: not (chosen and keep_choice)) if drops else nullcontext():  # noqa: B023
+            try:
+                found = calibrate(assignments, base, setup.settings, fit, repeats, bare)
+            except TooLarge as error:
+                tried.append(Tried(setup, error.bytes))
+                continue
+            memory, bare = memory_of(found), found.base
+            if fits(memory, fit):
+                chosen = True
+                if drops and keep_choice:
+                    base.memory = replace(base.memory, working_copies=0)
+                return plan_of(assignments, base, setup, found, tried, fit)
+            tried.append(Tried(setup, memory.peak, memory))
+    raise refusal(assignments, base, tried, fit)
+
+
+def chosen_setup(assignments: Sequence[Assignment], base: Base, own: bool, on_event: Listener) -> Setup:
+    """How a new run is computed: by a plan, which is told, where the run is large enough for one.
+
+    Args:
+        own: whether the base was loaded for this run alone, and may lose its working copies.
+
+    Raises:
+        CapacityError: it does not fit.
+    """
+    is_long = _products(assignments, base) > _LONG
+    if not is_long and base.memory.total < _SMALL * room(base.device):
+        return _first(assignments, base)
+    made = bestplan_of(assignments, base, may_drop=own, keep_choice=own, repeats=int(is_long))
+    on_event(Note(line(made)))
+    return made.setup
+
+
+def kept_setup(assignments: Sequence[Assignment], base: Base, told: Mapping[str, Any]) -> Setup:
+    """How a run goes on: as it was begun, but for what the recipe says now."""
+    found = _first(assignments, base)
+    tokens, twice = told.get("pack_tokens"), told.get("checkpointing")
+    configs = [one.recipe.training for one in assignments]
+    if isinstance(tokens, int) and tokens > 0 and all(c.pack_tokens == AUTO for c in configs):
+        found = replace(found, pack_tokens=tokens)
+    if isinstance(twice, bool) and all(c.checkpointing == AUTO for c in configs):
+        found = replace(found, checkpointing=twice)
+    return found
+
+
+def wanted_copies(plans: Sequence[Recipe]) -> bool | None:
+    """Whether recipes ask for working copies, or for none; None leaves it to what there is room for."""
+    wanted = {plan.training.working_copies for plan in plans} - {AUTO}
+    return None if not wanted else False not in wanted
+
+
+def line(made: Plan) -> str:
+    """A plan in one line."""
+    setup, names = made.setup, ", ".join(one.name for one in made.learnings)
+    parts = [f"{names}: {made.steps:,} steps, {made.tokens:,} tokens"]
+    if made.time is not None:
+        parts.append(f"about {_duration(made.time.total)} ({made.tokens_per_second:,.0f} tokens/s)")
+    parts.append(f"at most {bytes_text(made.memory.peak)}, {bytes_text(made.memory.above)} above the base")
+    parts.append(f"{made.choices['computation'].value}, packs of {setup.pack_tokens:,} tokens")
+    if setup.checkpointing:
+        parts.append("layers computed twice")
+    return "; ".join(parts)
+
+
+def write_recipe(recipe: Recipe, made: Plan, path: Path) -> None:
+    """Write the recipe with the plan's setup to a new file.
+
+    Raises:
+        Unsupported: the file is there already.
+    """
+    told = recipe_dict(recipe)
+    for part, source in recipe.data.parts():
+        if isinstance(source, FileData):
+            told["data"][part] = str(source.resolve(recipe.folder))
+    told["training"] |= {"pack_tokens": made.setup.pack_tokens, "checkpointing": made.setup.checkpointing}
+    if "working_copies" in made.choices:
+        told["training"]["working_copies"] = made.setup.working_copies
+    text = f"# {made.learnings[0].name}, computed so that it fits\n" + yaml.safe_dump(told, sort_keys=False)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise Unsupported(f"{path} is there already.", "Name a file that is not.") from error
+
+
+def _first(assignments: Sequence[Assignment], base: Base) -> Setup:
+    configs = [one.recipe.training for one in assignments]
+    return ladder(configs, longest_row(assignments), copies_there(base), base.device.type)[0]
+
+
+def _products(assignments: Sequence[Assignment], base: Base) -> float:
+    """Additions and multiplications of a whole run, roughly."""
+    tokens = sum(
+        Order(one.recipe.training, one.train).total
+        * one.recipe.training.batch_size
+        * one.recipe.training.gradient_accumulation
+        * sum(len(e.ids) for e in one.train)
+        / len(one.train)
+        for one in assignments
+    )
+    return 6 * sum(parameter.numel() for parameter in base.model.parameters()) * tokens
