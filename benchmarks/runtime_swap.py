@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,18 +73,44 @@ def _loads(runtime: Runtime, peer: Any, refs: list[str], folders: list[Path], si
         theirs.append(_now() - begun)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     yield faster(PART, "load to first logits", Sample.of(ours), "load_adapter", Sample.of(theirs), at_least=20)
-    times: dict[int, Sample] = {}
-    for count in sizes.loads:
-        runtime.use(None)
-        for ref in runtime.resident():
-            runtime.unload(ref)
-        begun = _now()
-        for ref in refs[:count]:
-            runtime.load(ref)
-        times[count] = Sample.of([_now() - begun])
+    yield from _linear(runtime, refs, (folders[0] / "adapter_model.safetensors").stat().st_size, sizes)
+
+
+def _linear(runtime: Runtime, refs: list[str], size: int, sizes: Sizes) -> Iterator[Row]:
+    """Few and many loads, at first in memory new to the process, then in memory it had before; and beside them what the
+    machine asks for as much new memory, since a virtual one may have to fetch it from its host.
+
+    Args:
+        size: bytes of an adapter.
+    """
     few, many = sizes.loads
+    found: dict[int, list[float]] = {few: [], many: []}
+    for _ in range(1 + sizes.rounds):
+        for count in sizes.loads:
+            runtime.use(None)
+            for ref in runtime.resident():
+                runtime.unload(ref)
+            begun = _now()
+            for ref in refs[:count]:
+                runtime.load(ref)
+            found[count].append(_now() - begun)
+    touched = {count: Sample.of([_touch(size * count)]) for count in (few, many)}  # last: it would warm memory up
     limit = 1.15 * many / few
-    yield slower(PART, f"load {many} / {few} adapters", times[many], f"{few} adapters", times[few], at_most=limit)
+    what, beside = f"load {many} / {few} adapters", f"{few} adapters"
+    first = [Sample.of(found[count][:1]) for count in (many, few)]
+    again = [Sample.of(found[count][1:]) for count in (many, few)]
+    yield slower(PART, f"{what}, the first time", first[0], beside, first[1], at_most=limit)
+    yield slower(PART, f"{what}, in memory used before", again[0], beside, again[1], at_most=limit)
+    yield slower(PART, f"the machine's new memory for {many} / {few}", touched[many], f"for {few}", touched[few])
+
+
+def _touch(size: int) -> float:
+    """Seconds to write once to every page of `size` bytes of new memory, which is given back."""
+    with mmap.mmap(-1, size) as memory:
+        begun = _now()
+        for first in range(0, size, mmap.PAGESIZE):
+            memory[first] = 1
+        return _now() - begun
 
 
 def _growth(base: Base, sizes: Sizes) -> Row:
