@@ -28,6 +28,7 @@ _PUBLIC = {
     "Ref": "names",
     "Runtime": "runtime.runtime",
     "Sampling": "runtime.sampling",
+    "SearchResult": "workflows.search_results",
     "Store": "store",
     "TaggedWord": "runtime.predict",
     "diff": "workflows.diff",
@@ -38,7 +39,10 @@ _PUBLIC = {
     "promote": "workflows.promote",
     "pull": "workflows.hub",
     "push": "workflows.hub",
+    "sweep": "workflows.sweep",
     "train": "workflows.train",
+    "train_together": "workflows.train",
+    "tune": "workflows.tune",
 }
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
     "Ref",
     "Runtime",
     "Sampling",
+    "SearchResult",
     "Store",
     "TaggedWord",
     "__version__",
@@ -63,7 +68,10 @@ __all__ = [
     "promote",
     "pull",
     "push",
+    "sweep",
     "train",
+    "train_together",
+    "tune",
 ]
 
 if TYPE_CHECKING:
@@ -83,7 +91,10 @@ if TYPE_CHECKING:
     from .workflows.hub import pull, push
     from .workflows.merge import merge
     from .workflows.promote import promote
-    from .workflows.train import train
+    from .workflows.search_results import SearchResult
+    from .workflows.sweep import sweep
+    from .workflows.train import train, train_together
+    from .workflows.tune import tune
 
 
 def __getattr__(name: str) -> Any:

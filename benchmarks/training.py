@@ -70,7 +70,7 @@ def _rows(base: Base, sizes: Sizes, long: bool) -> Iterator[Row]:
     yield from training_speed.quantized_rows(BASE, sizes, seen)
     quantized = load_base(BASE, "nf4")
     yield from training_memory.rows(instruct_case(quantized, sizes.memory_updates, quantize="nf4"))
-    yield from training_plan.rows()
+    yield from training_plan.rows(training_plan.QUICK if sizes is QUICK else training_plan.TRIALS)
     yield from training_gpu.rows(sizes.updates, sizes.rounds)
     least = min(seen.busy)
     yield Row("machine", "least share of its cores that a timed run had", figure=least, told=f"{least:.0%}")

@@ -26,7 +26,7 @@ def curve_lines(curve: Curve, columns: int | None = None) -> list[str]:
         return []
     points, smoothed = curve.validation(), list(enumerate(curve.smoothed, 1))
     values = [value for _, value in (*smoothed, *points)]
-    low, high = min(values), max(values)
+    low, high = _apart(min(values), max(values))
     labels = [f"{value:.3g}" for value in (high, low)]
     margin = max(map(len, labels))
     grid = _Grid(room - margin - 1, _HEIGHT, (1, max(curve.steps, 2)), (low, high))
@@ -39,6 +39,12 @@ def curve_lines(curve: Curve, columns: int | None = None) -> list[str]:
     lines = [f"{side} {row}".rstrip() for side, row in zip(sides, grid.rows(), strict=True)]
     lines.append(f"{' ' * margin} 1{last.rjust(room - margin - 2)}")
     return [*lines, f"{' ' * margin} loss, smoothed{f'; {_MARK} validation' if points else ''}"]
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """Ends of the axis; a thousandth apart at least, or a flat curve would show how sums round."""
+    missing = max(abs(low), abs(high), 1e-6) / 1000 - (high - low)
+    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
 
 class _Grid:
@@ -72,7 +78,7 @@ class _Grid:
         """Column and row of the dot."""
         (first, last), (low, high) = self._steps, self._values
         x = (step - first) / (last - first) * (self._wide - 1)
-        y = (high - value) / ((high - low) or 1.0) * (self._high - 1)
+        y = (high - value) / (high - low) * (self._high - 1)
         return round(x), round(y)
 
     def _dot(self, x: int, y: int) -> None:

@@ -7,6 +7,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "Train the adapter that a recipe describes and store it."),
     "plan": ("plan", "Say what training a recipe would take, before the first step."),
     "runs": ("runs", "List training runs that have not ended, and how to go on."),
+    "sweep": ("sweep", "Train every point of a grid together, store each, and compare them."),
+    "tune": ("tune", "Search learning rate, rank and the like in a given time; store the best."),
     "recipes": ("recipes", "List the built-in recipes, or print one."),
     "list": ("list", "List the stored adapters."),
     "show": ("show", "Show what is known of one adapter."),
@@ -33,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """name -> (module in `commands`, one line of help)."""
 
 _SECTIONS = {
-    "Start": ("demo", "train", "plan", "runs", "recipes"),
+    "Start": ("demo", "train", "plan", "sweep", "tune", "runs", "recipes"),
     "Stored adapters": ("list", "show", "search", "log", "diff", "alias", "promote", "rollback", "remove"),
     "Move and keep them": ("import", "export", "push", "verify", "gc"),
     "Use them": ("run", "chat", "predict", "eval", "merge"),

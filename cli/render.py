@@ -58,8 +58,9 @@ def printable(text: object, keep_lines: bool = False) -> str:
 
 def shows(text: str) -> bool:
     """Whether the encoding of stdout has these characters."""
+    stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # rich's stand-in does not tell its encoding
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode(stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return False
     return True

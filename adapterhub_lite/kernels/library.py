@@ -23,10 +23,15 @@ from ..places import cache_root
 
 # No -ffast-math: it would make the whole process flush denormal numbers to zero.
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
-_HEADERS = ("vectors.h", "work.h", "tall.h", "training.h", "training_panels.h", "training_attention.h")
+_HEADERS = (
+    "vectors.h", "work.h", "tall.h", "training.h", "training_rows.h", "training_panels.h", "training_attention.h",
+    "training_encoder.h", "training_layers.h",
+)  # fmt: skip
 _SOURCES = (
-    *_HEADERS, "wide.c", "lanes.c", "forward.c", "matrices.c", "tall.c", "ragged.c", "encoder.c",
+    *_HEADERS, "wide.c", "lanes.c", "forward.c", "matrices.c", "tall.c", "ragged.c", "encoder.c", "products.c",
     "training.c", "training_loss.c", "training_attention.c", "training_attention_back.c",
+    "training_short.c", "training_lora.c", "training_encoder.c",
+    "training_encoder_back.c",
 )  # fmt: skip
 # p: pointer, l: long, i: int, f: float
 _SIGNATURES = {
@@ -36,6 +41,7 @@ _SIGNATURES = {
     "ahl_all_finite": "pl",
     "ahl_forward": "pppppplpppii",
     "ahl_encode": "pppppppi",
+    "ahl_products": "pi",
     "ahl_wide_registers": "",
     "ahl_norm": "pi",
     "ahl_norm_back": "ppppppllii",
@@ -48,6 +54,9 @@ _SIGNATURES = {
     "ahl_attend": "pi",
     "ahl_attend_back": "pi",
     "ahl_are_spans": "plll",
+    "ahl_encoder_room": "pi",
+    "ahl_encoder_forward": "pi",
+    "ahl_encoder_backward": "pi",
 }
 _ANSWERS = frozenset(
     {
@@ -58,6 +67,8 @@ _ANSWERS = frozenset(
         "ahl_attend",
         "ahl_attend_back",
         "ahl_are_spans",
+        "ahl_encoder_forward",
+        "ahl_encoder_backward",
     }
 )
 _SECONDS = 120

@@ -129,7 +129,7 @@ static void panel(const product *w, long number, pieces rows, site at, long whic
 }
 
 void tall_work(team of, const product *w, pieces rows, site at, long number, lines x, lines low, int act, lines y) {
-    long panels = (w->n + PANEL - 1) / PANEL, end = share(panels, of.me + 1, of);
+    long panels = (w->n + PANEL - 1) / PANEL, end = share(rows.count ? panels : 0, of.me + 1, of);
     for (long p = share(panels, of.me, of); p < end; p++) panel(w, p, rows, at, number, x, low, act, y);
 }
 

@@ -11,8 +11,10 @@ _VIEWS = 8192  # packs differ in their tokens, and a view is quicker found than 
 class Buffers:
     """Memory of one computation. What a name gave before is overwritten by who asks for it next."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, lean: bool = False) -> None:
+        """lean: what is freed is given to the allocator, which finds it again quickly (CUDA)."""
+        self.device, self.dtype, self.lean = device, dtype, lean
+        self.most = 0  # bytes at once, so far
         self._kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._views: dict[tuple[str, int, int, torch.dtype | None], torch.Tensor] = {}
 
@@ -34,7 +36,15 @@ class Buffers:
             self._views.clear()  # the old one is free before the new one is made
             room = rows if rows <= _STEP else -(-rows // _STEP) * _STEP
             kept = self._kept[key] = torch.empty(room * columns, device=self.device, dtype=key[1])
+            self.most = max(self.most, self.nbytes)
         return kept[: rows * columns].view(rows, columns)
+
+    def free(self, *names: str) -> None:
+        """Nothing of these is read again before it is written."""
+        if self.lean:
+            for key in [key for key in self._kept if key[0] in names]:
+                del self._kept[key]
+            self._views.clear()
 
     @property
     def nbytes(self) -> int:

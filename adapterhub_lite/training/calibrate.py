@@ -96,6 +96,15 @@ def calibrate(
     Raises:
         TooLarge: the largest pack would not fit.
     """
+    try:
+        return _calibrated(assignments, base, settings, limit, repeats, bare)
+    except torch.OutOfMemoryError as error:
+        raise TooLarge(held(base.device) + room(base.device)) from error
+
+
+def _calibrated(
+    assignments: Sequence[Assignment], base: Base, settings: Settings, limit: int | None, repeats: int, bare: int | None
+) -> Calibration:
     device = base.device
     with base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model):
         read_weights(base)
@@ -121,14 +130,11 @@ def calibrate(
         after = held(device)  # with what the allocator keeps for reuse: a run does not give it back either
         trained = tuple(sum(p.numel() for p in learner.parameters()) for learner in learners)
         sizes = [(member.optimizer.values.nbytes, member.keeps_best) for member in members]
-        found = Calibration(
+        return Calibration(
             (computation.name, computation.why), bare, max(peaks.most, after), after,
             sum(size for size, _ in sizes), sum(size for size, best in sizes if best),
             tuple(seen), tuple(without), update, before + there - bare, work, trained, is_padded(computation),
         )  # fmt: skip
-        del dry, computation, learners, members, work
-    settle(device)
-    return found
 
 
 def probes(strides: Sequence[Stride]) -> list[tuple[list[Row], Load]]:
@@ -187,11 +193,8 @@ class _Dry:
     def grow(self, rows: Sequence[Row], load: Load) -> None:
         """Compute a pack that may be larger than those before."""
         self._peaks.check(load.tokens)
-        try:
-            with self._peaks.seen(load.tokens):
-                self._compute(rows, False)
-        except torch.OutOfMemoryError as error:
-            raise TooLarge(self._peaks.limit + 1) from error
+        with self._peaks.seen(load.tokens):
+            self._compute(rows, False)
 
     def timed(self, rows: Sequence[Row], load: Load, repeats: int, validation: bool = False) -> Sample:
         """The median of so many."""
@@ -247,11 +250,17 @@ def copies_dropped(base: Base, wanted: Callable[[], bool]) -> Iterator[None]:
     """Within the block a quantised base on a CPU has no working copies; made again after it, unless `wanted` says
     no.
     """
-    modules = [m for m in base.model.modules() if getattr(m, "_ahl_copy", None) is not None]
-    for module in modules:
-        module._ahl_copy = None  # type: ignore[assignment]
+    modules = drop_copies(base)
     try:
         yield
     finally:
         for module in modules if wanted() else ():
             module._ahl_copy = dense_weight(module, module._ahl_dtype)  # type: ignore[arg-type,assignment]
+
+
+def drop_copies(base: Base) -> list[torch.nn.Module]:
+    """Let the working copies of a base go; returns the layers that had one."""
+    modules = [m for m in base.model.modules() if getattr(m, "_ahl_copy", None) is not None]
+    for module in modules:
+        module._ahl_copy = None  # type: ignore[assignment]
+    return modules

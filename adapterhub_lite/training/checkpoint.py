@@ -91,7 +91,7 @@ def read_checkpoint(path: Path, run: str) -> State:
         for key, tensor in flat.items():
             index, _, name = key.partition(".")
             parts[int(index)][name] = tensor
-    except (FormatError, NotFound, OSError, LookupError, ValueError) as error:
+    except (FormatError, NotFound, OSError, LookupError, TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise StoreCorrupt(f"The checkpoint {path} is damaged: {reason}.", "Start anew with --from-scratch.") from error
     return State(parts, told["learners"])

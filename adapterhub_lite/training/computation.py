@@ -63,12 +63,17 @@ class Settings:
     Attributes:
         pack_tokens: most tokens of one forward and backward; a longer row runs alone.
         checkpoint: keep only each layer's input, and compute the rest again in the backward.
+        offload: with `checkpoint` on CUDA, keep these inputs in the host's memory (decoders built as Llama is).
         dropout_of_base: encoders train with their own dropout.
+        recompute_mlp: without `checkpoint`, keep all but gate and up, which are multiplied again in the backward: less
+            memory than keeping all, faster than `checkpoint` (decoders built as Llama is).
     """
 
     pack_tokens: int = 1024
     checkpoint: bool = False
     dropout_of_base: bool = True
+    offload: bool = False
+    recompute_mlp: bool = False
 
 
 class Computation(Protocol):
@@ -99,22 +104,45 @@ class Computation(Protocol):
 
 
 def make_computation(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
-    """The fastest computation that covers this base and all of these learners."""
+    """The fastest computation that covers this base and these learners; each learner has the kind it has alone."""
+    from .divided import Divided, Share
+
+    makers = {"decoder": _decoder, "encoder": _encoder, "modules": _modules}
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, learner in enumerate(learners):
+        kind = next(kind for kind in makers if _declined(kind, base, learner) is None)
+        groups.setdefault((kind, learner.task_type), []).append(i)
+    shares = [
+        Share(tuple(places), makers[kind](base, [learners[i] for i in places], settings))
+        for (kind, _), places in groups.items()
+    ]
+    return shares[0].computation if len(shares) == 1 else Divided(shares)
+
+
+def _declined(kind: str, base: Base, learner: Learner) -> str | None:
+    """Why a kind of computation does not cover this learner; None where it does."""
+    from . import decoder_parts, encoder_parts
+
+    if kind == "decoder":
+        return decoder_parts.not_covered(base, [learner])
+    return encoder_parts.not_covered(base, [learner]) if kind == "encoder" else None
+
+
+def _decoder(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
     from .decoder import FusedDecoder
-    from .decoder_parts import not_covered
 
-    reason = not_covered(base, learners)
-    if reason is None:
-        return FusedDecoder(base, learners, settings)
-    if base.kind == "encoder":
-        from .encoder import FusedEncoder
-        from .encoder_parts import not_covered as not_covered_encoder
+    return FusedDecoder(base, learners, settings)
 
-        reason = not_covered_encoder(base, learners)
-        if reason is None:
-            return FusedEncoder(base, learners, settings)
+
+def _encoder(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
+    from .encoder import FusedEncoder
+
+    return FusedEncoder(base, learners, settings)
+
+
+def _modules(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
     from .modules import ModuleComputation
 
-    made: Computation = ModuleComputation(base, learners, settings)
-    made.why = reason
+    made = ModuleComputation(base, learners, settings)
+    made.why = _declined("encoder" if base.kind == "encoder" else "decoder", base, learners[0]) or made.why
     return made

@@ -16,13 +16,15 @@ from ..bases.load import Base
 from ..tasks.task import Example
 from .buffers import Buffers
 from .computation import Learner, Row, Settings, Sums
-from .decoder_layer import Layer, PrefixKeys, Scene
+from .decoder_cuda import CudaOps
+from .decoder_layer import AGAIN, Layer, PrefixKeys, Scene
 from .decoder_lora import Tools
 from .decoder_native import ops_for
 from .decoder_ops import Ops
 from .decoder_parts import DecoderParts, parts_of
 from .decoder_scene import Angles, scene_of
 from .losses import head_losses
+from .offload import inputs_for, look_up
 from .packs import Pack, make_packs, supervised
 from .trainable import TrainablePrefix
 
@@ -48,18 +50,32 @@ class FusedDecoder:
         self._base, self._learners, self._settings = base, tuple(learners), settings
         self._parts = parts or parts_of(base)
         self._ops = ops or ops_for(base, self._parts)
+        if settings.offload and isinstance(self._ops, CudaOps):
+            self._ops = self._ops.sparing()
+        self.note: str | None = getattr(self._ops, "note", None)
+        self._checkpoint = settings.checkpoint or settings.offload
+        self._buffers = Buffers(base.device, base.dtype, self._checkpoint and isinstance(self._ops, CudaOps))
         trainables = [learner.trainable for learner in learners]
-        self._layers = [Layer(self._parts, i, trainables) for i in range(len(self._parts.layers))]
+        depth = len(self._parts.layers)
+        self._layers = [Layer(self._parts, i, trainables, settings.recompute_mlp) for i in range(depth)]
+        if isinstance(self._ops, CudaOps):
+            for change in (change for layer in self._layers for change in layer.changes):
+                change.stacked()
         self._prefixes = _Prefixes(self._parts, trainables)
         trained = [layer.index for layer in self._layers if layer.trained]
         self._lowest = 0 if self._prefixes.count else min(trained, default=len(self._layers))
-        self._buffers = Buffers(base.device, base.dtype)
+        self._inputs = inputs_for(self._buffers, len(self._layers)) if settings.offload else None
         self._angles = Angles(self._parts.rotary, base.device, base.dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that packs so far have asked for."""
         return self._buffers.nbytes
+
+    @property
+    def most(self) -> int:
+        """The most bytes of buffers at once so far."""
+        return self._buffers.most
 
     def gradients(self, rows: Sequence[Row]) -> list[Sums]:
         """See `Computation`."""
@@ -112,6 +128,8 @@ class FusedDecoder:
             return
         grad = self._buffers("grad", *last.shape)
         self._ops.rms_norm_back(hidden, last, self._parts.norm, inverse, grad, False)
+        del last, hidden, inverse
+        self._buffers.free("logits", "last", "hidden")
         self._backward(scene, grad)
 
     def _forward(self, scene: Scene, ids: torch.Tensor, keeps: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,10 +138,16 @@ class FusedDecoder:
         entry: tuple[torch.Tensor, torch.Tensor] | None = None
         for layer in self._layers:
             kept = keeps and layer.index >= self._lowest
-            x = buffers(f"x {layer.index if kept else ''}", count, width)
+            offloads = self._inputs if kept else None
+            own = layer.index if kept else ""
+            x = offloads.place(layer.index, count, width) if offloads else buffers(f"x {own}", count, width)
             if entry is None:
-                torch.index_select(self._parts.embed.weight.detach(), 0, ids, out=x)
+                look_up(self._parts.embed.weight.detach(), ids, x)
+            self._fetch(layer)
             entry = layer.forward(scene, x, entry, self._prefixes.keys(layer.index), self._keep(layer.index, kept))
+            self._release(layer)
+            if offloads:
+                offloads.keep(layer.index)
         assert entry is not None
         asked = scene.supervised.count
         last, hidden = buffers("last", asked, width), buffers("hidden", asked, width)
@@ -136,24 +160,47 @@ class FusedDecoder:
         for layer in reversed(self._layers[self._lowest :]):
             assert left is not None
             keep = self._keep(layer.index, True)
-            x = self._buffers(f"x {layer.index}", scene.tokens.count, self._parts.width)
-            if self._settings.checkpoint:
+            if self._inputs:
+                x = self._inputs.get(layer.index, self._lowest)
+            else:
+                x = self._buffers(f"x {layer.index}", scene.tokens.count, self._parts.width)
+            self._fetch(layer)
+            if self._checkpoint:
                 layer.forward(scene, x, None, self._prefixes.keys(layer.index), keep, again=True)
             lowest = layer.index == self._lowest
             left = layer.backward(scene, x, left, self._prefixes.grads(layer.index), keep, lowest)
+            self._release(layer)
 
     def _keep(self, layer: int, kept: bool) -> str:
-        return f"of {layer}" if kept and not self._settings.checkpoint else "of any"
+        return f"of {layer}" if kept and not self._checkpoint else AGAIN
 
     def _read(self) -> None:
         for layer in self._layers:
             for change in layer.changes:
                 for group in change.learners.values():
                     group.read()
+                if change.stack is not None:
+                    change.stack.read()
+            self._release(layer)
+
+    def _fetch(self, layer: Layer) -> None:
+        """Where inputs are offloaded, copies of the adapters are made for one layer at a time, too."""
+        if self._inputs:
+            for change in layer.changes:
+                for group in change.learners.values():
+                    group.fetch()
+
+    def _release(self, layer: Layer) -> None:
+        if self._inputs:
+            for change in layer.changes:
+                for group in change.learners.values():
+                    group.release()
 
     def _give(self) -> None:
         for layer in self._layers:
             for change in layer.changes:
+                if change.stack is not None:
+                    change.stack.give()
                 for group in change.learners.values():
                     group.give()
 

@@ -18,6 +18,8 @@ from .decoder_parts import DecoderParts, LayerParts
 
 _TORCH = TorchOps()  # heads lie too wide apart for others
 
+AGAIN = "of any"
+"""Part of the names of buffers whose contents are made again in the backward."""
 PrefixKeys = tuple[torch.Tensor, torch.Tensor]
 """Keys and values [rows, key columns] of all learners' prefixes in one layer, one below the other."""
 
@@ -47,7 +49,11 @@ class Scene:
 class Layer:
     """The forward and backward of one layer with all learners' changes."""
 
-    def __init__(self, parts: DecoderParts, index: int, trainables: Sequence[object]) -> None:
+    def __init__(
+        self, parts: DecoderParts, index: int, trainables: Sequence[object], recompute_mlp: bool = False
+    ) -> None:
+        """recompute_mlp: gate and up are not kept, but made again in the backward."""
+        self.recompute_mlp = recompute_mlp
         self.index, self.model = index, parts
         self.parts: LayerParts = parts.layers[index]
         self.last = index == len(parts.layers) - 1
@@ -87,6 +93,8 @@ class Layer:
             ops.add_rms_norm(*entry, self.parts.before, self.model.eps, x, normed, inverse)
         seen = self._attend(scene, normed, prefix, keep)
         tokens = scene.tokens
+        if not again and keep == AGAIN:
+            buffers.free(*(f"{name} {keep}" for name in ("qkv", "raw heads")))
         if self.last:
             tokens = scene.supervised
             some = buffers(f"chosen seen {keep}", tokens.count, self.model.queries)
@@ -94,17 +102,29 @@ class Layer:
             x = torch.index_select(x, 0, scene.chosen, out=buffers("chosen x", tokens.count, width))
         delta = buffers("delta", tokens.count, width)
         self._change(1, seen, delta, tokens, scene.tools, keep)
+        if not again and keep == AGAIN:
+            buffers.free(f"seen {keep}", f"chosen seen {keep}", "normed")
+            del seen, normed
         middle = buffers(f"middle {keep}", tokens.count, width)
         normed, inverse = buffers("normed", tokens.count, width), self._inverse(buffers, "after", keep, tokens.count)
         ops.add_rms_norm(x, delta, self.parts.after, self.model.eps, middle, normed, inverse)
-        gate_up = buffers(f"gate_up {keep}", tokens.count, self.parts.gate_up.n_out)
+        if again:
+            buffers.free("delta", "chosen x")
+            del x
+        gate_up = self._gate_up(buffers, tokens, keep)
         self._change(2, normed, gate_up, tokens, scene.tools, keep)
+        buffers.free("normed")
+        del normed
         active = buffers("active", tokens.count, self.parts.down.n_in)
         ops.swiglu(gate_up, active)
+        if not again and keep == AGAIN:
+            buffers.free(f"gate_up {keep}")
+            del gate_up
         if again:
             self.changes[3].lower(active, self._hidden(3, tokens, buffers, keep), tokens, scene.tools)
             return middle, delta
         self._change(3, active, delta, tokens, scene.tools, keep)
+        buffers.free("active")
         return middle, delta
 
     def backward(
@@ -122,15 +142,18 @@ class Layer:
             grad = _spread(grad, scene, buffers("grad of all", scene.tokens.count, self.model.width))
             slope = _spread(slope, scene, buffers("seen slope of all", scene.tokens.count, self.model.queries))
         slope = self._attend_back(scene, slope, prefix, keep)
+        buffers.free(f"qkv {keep}", f"seen {keep}", f"chosen seen {keep}", "seen slope", "seen slope of all")
         count, width = scene.tokens.count, self.model.width
         normed, inverse = buffers("normed", count, width), self._inverse(buffers, "before", keep, count)
         tools.ops.rms_norm(x, self.parts.before, self.model.eps, normed, inverse)
         through = None if lowest else buffers("normed slope", count, width)
         hidden = self._hidden(0, scene.tokens, buffers, keep)
         self.changes[0].back(slope, normed, hidden, through, scene.tokens, tools)
+        buffers.free("qkv slope", "normed", "scaled gradient")
         if through is None:
             return None
         tools.ops.rms_norm_back(through, x, self.parts.before, inverse, grad, True)
+        buffers.free("normed slope")
         return grad
 
     def _feed_forward_back(self, scene: Scene, tokens: Tokens, grad: torch.Tensor, keep: str) -> None:
@@ -138,10 +161,13 @@ class Layer:
         tools = scene.tools
         buffers, ops = tools.buffers, tools.ops
         middle = buffers(f"middle {keep}", tokens.count, self.model.width)
-        gate_up = buffers(f"gate_up {keep}", tokens.count, self.parts.gate_up.n_out)
+        gate_up = self._gate_up(buffers, tokens, keep)
         active = buffers("active", tokens.count, self.parts.down.n_in)
-        slope = buffers("active slope", tokens.count, self.parts.down.n_in)
         down, needs_input = self.changes[3], self.changes[3].needs_input(tools.training)
+        own = "active slope" if needs_input or not buffers.lean else "active"  # both may be one
+        slope = buffers(own, tokens.count, self.parts.down.n_in)
+        if self.recompute_mlp and keep != AGAIN and not self.last:  # the last layer's are still there
+            self._make_gate_up(scene, tokens, middle, keep)
         if needs_input:
             ops.swiglu(gate_up, active)
         hidden = self._hidden(3, tokens, buffers, keep)
@@ -149,12 +175,26 @@ class Layer:
         ops.swiglu_back(gate_up, slope, active)
         if not needs_input:
             down.back_down(active, tokens, tools)
+        buffers.free("active", "active slope")
+        del active, slope
         normed = buffers("normed", tokens.count, self.model.width)
         inverse = self._inverse(buffers, "after", keep, tokens.count)
         ops.rms_norm(middle, self.parts.after, self.model.eps, normed, inverse)
         through = buffers("normed slope", tokens.count, self.model.width)
         self.changes[2].back(gate_up, normed, self._hidden(2, tokens, buffers, keep), through, tokens, tools)
         ops.rms_norm_back(through, middle, self.parts.after, inverse, grad, True)
+        buffers.free(f"gate_up {keep}", f"middle {keep}", "normed", "normed slope")
+
+    def _make_gate_up(self, scene: Scene, tokens: Tokens, middle: torch.Tensor, keep: str) -> None:
+        buffers = scene.tools.buffers
+        normed = buffers("normed", tokens.count, self.model.width)
+        inverse = self._inverse(buffers, "after", keep, tokens.count)
+        scene.tools.ops.rms_norm(middle, self.parts.after, self.model.eps, normed, inverse)
+        self._change(2, normed, self._gate_up(buffers, tokens, keep), tokens, scene.tools, keep)
+
+    def _gate_up(self, buffers: Buffers, tokens: Tokens, keep: str) -> torch.Tensor:
+        name = f"gate_up {AGAIN if self.recompute_mlp else keep}"
+        return buffers(name, tokens.count, self.parts.gate_up.n_out)
 
     def _attend(self, scene: Scene, normed: torch.Tensor, prefix: PrefixKeys | None, keep: str) -> torch.Tensor:
         buffers, ops = scene.tools.buffers, scene.tools.ops

@@ -10,14 +10,16 @@ kept is not, since it is a function of where a number stands.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..adapters.lora import merged_norm
+from ..kernels.products import Change
 from .buffers import Buffers
 from .decoder_ops import Ops
 from .decoder_parts import Frozen
+from .decoder_stack import Masks, Stack, stack_of
 from .trainable import LoraParameters, TrainableLora
 
 
@@ -42,7 +44,7 @@ class _Member:
 
     Attributes:
         ranks: its rows of the group's A, and columns of A x.
-        up: s B [out, rank].
+        up: s B [out, rank]; its transpose is what lies in lines.
         gain, norm: DoRA's g and ||W + s B A|| [out].
     """
 
@@ -64,31 +66,37 @@ class GroupLora:
         rank: of all its sites together; so many columns A x has.
     """
 
-    def __init__(self, frozen: Frozen, sites: Sequence[LoraParameters | None], salt: int, dropout: float) -> None:
+    def __init__(
+        self, frozen: Frozen, sites: Sequence[LoraParameters | None], salt: int, dropout: float, direct: bool = False
+    ) -> None:
         self.frozen, self.dropout = frozen, dropout
+        # Where a product is made for itself before it is added to wider sums, these may be the parameters' own.
+        self.direct = direct and frozen.dtype != torch.promote_types(frozen.dtype, torch.float32)
         self.members: list[_Member] = []
         first = 0
         for i, site in enumerate(sites):
             if site is not None:
                 end = first + int(site.a.shape[0])
-                up = torch.empty_like(site.b, dtype=frozen.dtype, requires_grad=False)
-                wide = torch.zeros_like(up.t().contiguous(), dtype=torch.promote_types(frozen.dtype, torch.float32))
+                up = torch.empty(site.b.shape[::-1], dtype=frozen.dtype, device=site.b.device).t()
+                size = (0, 0) if self.direct else (up.shape[1], up.shape[0])
+                wide = torch.zeros(size, device=up.device, dtype=torch.promote_types(frozen.dtype, torch.float32))
                 self.members.append(_Member(i, site, slice(first, end), salt + i, up, wide))
                 first = end
         self.rank = first
         device = self.members[0].up.device
         self._down = torch.empty((first, frozen.n_in), device=device, dtype=frozen.dtype)
-        self._grad_down = torch.zeros_like(self._down, dtype=torch.promote_types(frozen.dtype, torch.float32))
+        held = (0, 0) if self.direct else self._down.shape
+        self._grad_down = torch.zeros(held, device=device, dtype=torch.promote_types(frozen.dtype, torch.float32))
         self.scales_output = any(member.site.magnitude is not None for member in self.members)
 
     def read(self) -> None:
         """Take over the parameters as they are now, and begin new gradients."""
         with torch.no_grad():
             self._grad_down.zero_()
+            self.fetch()
+            self._take()
             for member in self.members:
                 site = member.site
-                self._down[member.ranks] = site.a
-                member.up.copy_(site.b * site.scaling)
                 member.grad_up.zero_()
                 if site.magnitude is not None:
                     dense = self.frozen.weight(member.index).to(site.a.dtype)
@@ -97,16 +105,54 @@ class GroupLora:
                     member.gain = (site.magnitude / norm).to(member.up.dtype)
                     member.grad_gain = torch.zeros_like(member.norm)
 
+    def down_part(self, member: int) -> torch.Tensor:
+        """A of one site."""
+        return self._down[self.members[member].ranks]
+
+    def grad_down_part(self, member: int) -> torch.Tensor:
+        """Where the gradient of one site's A is summed."""
+        return self._grad_down[self.members[member].ranks]
+
+    def _take(self) -> None:
+        for member in self.members:
+            self._down[member.ranks] = member.site.a
+            member.up.copy_(member.site.b * member.site.scaling)
+
+    def fetch(self) -> None:
+        """Take over the parameters again after `release`."""
+        if not self._down.numel():
+            self._down = torch.empty((self.rank, self.frozen.n_in), device=self._down.device, dtype=self._down.dtype)
+            for member in self.members:
+                member.up = torch.empty_like(member.site.b, dtype=self._down.dtype, requires_grad=False)
+            self._take()
+
+    def release(self) -> None:
+        """Give up what `read` took over, where it is quickly had again."""
+        if self.direct and not self.scales_output:
+            self._down = self._down.new_empty((0, self.frozen.n_in))
+            for member in self.members:
+                member.up = member.up.new_empty((0, 0))
+
     def give(self) -> None:
         """Add the gradients to those of the parameters."""
         for member in self.members:
             site = member.site
-            _add_grad(site.a, self._grad_down[member.ranks])
-            _add_grad(site.b, member.grad_up.t(), site.scaling)
+            if not self.direct:
+                _add_grad(site.a, self._grad_down[member.ranks])
+                _add_grad(site.b, member.grad_up.t(), site.scaling)
             if site.magnitude is not None:
                 assert member.grad_gain is not None
                 assert member.norm is not None
                 _add_grad(site.magnitude, member.grad_gain / member.norm)
+
+    def up_of(self, index: int, end: int, hidden: torch.Tensor) -> Change:
+        """What the product with one layer may add by itself to the tokens before `end`."""
+        member = next((member for member in self.members if member.index == index), None)
+        return Change(end) if member is None else Change(end, hidden[:, member.ranks], member.up.t())
+
+    def down_of(self, end: int, slope: torch.Tensor) -> Change:
+        """What a product may add to the gradient of the tokens before `end`."""
+        return Change(end, slope, self._down)
 
     def lower(self, x: torch.Tensor, hidden: torch.Tensor, part: Part) -> None:
         """hidden [tokens, rank] = A D(x)."""
@@ -175,7 +221,7 @@ class GroupLora:
         for member in self.members:
             own = grad[:, self.frozen.columns[member.index]]
             torch.mm(own, member.up, out=slope[:, member.ranks])
-            _accumulate(member.grad_up, hidden[:, member.ranks].t(), own)
+            self._add_up(member, hidden[:, member.ranks], own)
         if x is not None:
             self.back_down(slope, x)
         if grad_x is not None:
@@ -183,7 +229,22 @@ class GroupLora:
 
     def back_down(self, slope: torch.Tensor, x: torch.Tensor) -> None:
         """Collect A's gradient."""
-        _accumulate(self._grad_down, slope.t(), x)
+        self._add_down(self.members, slice(0, self.rank), slope, x)
+
+    def _add_up(self, member: _Member, low: torch.Tensor, given: torch.Tensor) -> None:
+        if self.direct:
+            _add_grad(member.site.b, torch.mm(low.t(), given).t(), member.site.scaling)
+        else:
+            _accumulate(member.grad_up, low.t(), given)
+
+    def _add_down(self, members: Sequence[_Member], ranks: slice, slope: torch.Tensor, x: torch.Tensor) -> None:
+        """slope: of these members' columns, which are `ranks`."""
+        if not self.direct:
+            _accumulate(self._grad_down[ranks], slope.t(), x)
+            return
+        product = torch.mm(slope.t(), x)
+        for member in members:
+            _add_grad(member.site.a, product[member.ranks.start - ranks.start : member.ranks.stop - ranks.start])
 
     def _back_dropped(
         self,
@@ -205,8 +266,8 @@ class GroupLora:
                 given, direct = own * member.gain, own * (member.gain - 1)
             slope = slopes[:, member.ranks]
             torch.mm(given, member.up, out=slope)
-            _accumulate(member.grad_up, low.t(), given)
-            _accumulate(self._grad_down[member.ranks], slope.t(), dropped)
+            self._add_up(member, low, given)
+            self._add_down((member,), member.ranks, slope, dropped)
             if grad_x is not None:
                 through = torch.mm(slope, self._down[member.ranks], out=dropped)
                 if direct is not None:
@@ -253,6 +314,7 @@ class Tools:
     ops: Ops
     buffers: Buffers
     training: bool
+    masks: Masks = field(default_factory=Masks)
 
 
 class Changes:
@@ -266,20 +328,45 @@ class Changes:
                 by_module = {site.module: site for site in trainable.sites.values()}
                 sites = [by_module.get(module) for module in frozen.modules]
                 if any(site is not None for site in sites):
-                    self.learners[i] = GroupLora(frozen, sites, salt, trainable.dropout)
+                    self.learners[i] = GroupLora(frozen, sites, salt, trainable.dropout, len(trainables) == 1)
         self.rank = max((group.rank for group in self.learners.values()), default=0)
+        self.stack: Stack | None = None
+
+    def stacked(self) -> None:
+        """Compute several learners by products of all, where that can be."""
+        self.stack = stack_of(self.learners)
+        if self.stack is not None:
+            self.rank = self.stack.rank
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, hidden: torch.Tensor, tokens: Tokens, tools: Tools) -> None:
         """out = W x + bias with all changes; hidden [tokens, rank] is to be kept for the backward."""
-        self.frozen.forward(x, out, tools.buffers)
+        if self.stack is not None:
+            self.frozen.forward(x, out, tools.buffers)
+            self.stack.forward(x, out, hidden, tokens, tools)
+            return
+        adds = self.frozen.adds(x) and bool(self.learners)
+        changes: list[list[Change]] = [[] for _ in self.frozen.columns] if adds else []
+        later: list[tuple[int, int, GroupLora]] = []
         for first, end, learner in tokens.segments:
             group = self.learners.get(learner)
-            if group is not None:
-                low = hidden[first:end, : group.rank]
-                group.forward(x[first:end], out[first:end], low, Part(tokens, first, end, tools))
+            part = Part(tokens, first, end, tools)
+            joins = adds and group is not None and not group.scales_output and not part.drops(group.dropout)
+            if group is not None and joins:
+                group.lower(x[first:end], hidden[first:end, : group.rank], part)
+            elif group is not None:
+                later.append((first, end, group))
+            for i, some in enumerate(changes):
+                some.append(group.up_of(i, end, hidden[first:end]) if group is not None and joins else Change(end))
+        self.frozen.forward(x, out, tools.buffers, changes)
+        for first, end, group in later:
+            low = hidden[first:end, : group.rank]
+            group.forward(x[first:end], out[first:end], low, Part(tokens, first, end, tools))
 
     def lower(self, x: torch.Tensor, hidden: torch.Tensor, tokens: Tokens, tools: Tools) -> None:
         """Make only `hidden`."""
+        if self.stack is not None:
+            self.stack.lower(x, hidden, tokens, tools)
+            return
         for first, end, learner in tokens.segments:
             group = self.learners.get(learner)
             if group is not None:
@@ -299,6 +386,14 @@ class Changes:
         Args:
             x: None where no learner `needs_input` here: `back_down` is to be called with it then.
         """
+        if self.stack is not None:
+            if grad_x is not None:
+                self.frozen.back(grad, grad_x, tools.buffers)
+            slope = self._slope(0, tokens.count, tokens, tools)
+            self.stack.back(grad, hidden, slope, grad_x, tokens, tools)
+            if x is not None:
+                self.stack.back_down(slope, x)
+            return
         owned = [(s, self.learners[s[2]]) for s in tokens.segments if s[2] in self.learners]
         if any(group.scales_output for _, group in owned):
             assert x is not None
@@ -308,16 +403,55 @@ class Changes:
             for (first, end, _), group in owned:
                 low = hidden[first:end, : group.rank]
                 group.scale_back(grad[first:end], x[first:end], low, Part(tokens, first, end, tools))
+        changes: list[Change] = []
+        joins = grad_x is not None and self.frozen.adds(grad)
+        # What adds to the product after it: all, unless products add; then only what dropout asks about.
+        later = [(s, g) for s, g in owned if not joins or (tools.training and g.dropout > 0)]
+        for segment, group in owned if joins else ():
+            if (segment, group) not in later:
+                self._back(segment, group, grad, x, hidden, None, tokens, tools)
         if grad_x is not None:
-            self.frozen.back(grad, grad_x, tools.buffers)
-        for (first, end, _), group in owned:
-            through = None if grad_x is None else grad_x[first:end]
-            low, slope = hidden[first:end, : group.rank], self._slope(first, end, tokens, tools)[:, : group.rank]
-            some = None if x is None else x[first:end]
-            group.back(grad[first:end], some, low, slope, through, Part(tokens, first, end, tools))
+            if joins:
+                changes = [self._down_of(segment, later, tokens, tools) for segment in tokens.segments]
+            self.frozen.back(grad, grad_x, tools.buffers, changes)
+        for segment, group in later:
+            self._back(segment, group, grad, x, hidden, grad_x, tokens, tools)
+
+    def _back(
+        self,
+        segment: tuple[int, int, int],
+        group: GroupLora,
+        grad: torch.Tensor,
+        x: torch.Tensor | None,
+        hidden: torch.Tensor,
+        grad_x: torch.Tensor | None,
+        tokens: Tokens,
+        tools: Tools,
+    ) -> None:
+        first, end, _ = segment
+        through = None if grad_x is None else grad_x[first:end]
+        low, slope = hidden[first:end, : group.rank], self._slope(first, end, tokens, tools)[:, : group.rank]
+        some = None if x is None else x[first:end]
+        group.back(grad[first:end], some, low, slope, through, Part(tokens, first, end, tools))
+
+    def _down_of(
+        self,
+        segment: tuple[int, int, int],
+        later: Sequence[tuple[tuple[int, int, int], GroupLora]],
+        tokens: Tokens,
+        tools: Tools,
+    ) -> Change:
+        first, end, learner = segment
+        group = self.learners.get(learner)
+        if group is None or any(segment == s for s, _ in later):
+            return Change(end)
+        return group.down_of(end, self._slope(first, end, tokens, tools)[:, : group.rank])
 
     def back_down(self, x: torch.Tensor, tokens: Tokens, tools: Tools) -> None:
         """Collect the gradients of A that `back` left, right after it."""
+        if self.stack is not None:
+            self.stack.back_down(self._slope(0, tokens.count, tokens, tools), x)
+            return
         for first, end, learner in tokens.segments:
             group = self.learners.get(learner)
             if group is not None:
@@ -343,4 +477,4 @@ def _add_grad(parameter: torch.nn.Parameter, grad: torch.Tensor, factor: float =
     """Add to a parameter's gradient, which is a tensor of its own: buffers are reused."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    parameter.grad.add_(grad.to(parameter.dtype), alpha=factor)
+    parameter.grad.add_(grad, alpha=factor)

@@ -7,6 +7,7 @@ import torch
 from ..bases.load import Base
 from ..kernels import training as native
 from ..kernels.training_attention import LARGEST_DIM
+from .decoder_cuda import cuda_ops
 from .decoder_ops import AttentionShape, Ops, Parts, TorchOps
 from .decoder_parts import DecoderParts
 
@@ -99,6 +100,13 @@ class NativeOps:
 
 def ops_for(base: Base, parts: DecoderParts) -> Ops:
     """The fastest element-wise work for a base's device, dtype and sizes."""
+    if base.device.type == "cuda":
+        if "training ops" not in base.derived:
+            window = next((layer.window for layer in parts.layers if layer.window is not None), None)
+            shape = AttentionShape(parts.heads, parts.kv_heads, parts.head_dim, parts.scaling, window)
+            base.derived["training ops"] = cuda_ops(shape, base.device, base.dtype)
+        found: Ops = base.derived["training ops"]
+        return found
     fits = base.device.type == "cpu" and base.dtype == torch.float32 and native.available()
     heads = parts.head_dim % 16 == 0 and parts.head_dim <= LARGEST_DIM
     return NativeOps() if fits and heads else TorchOps()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,10 +15,13 @@ from ..bases.fused import fuse
 from ..bases.llama import FAMILIES, rope_follows_length, windows
 from ..bases.load import Base
 from ..bases.quantization import dense_weight, is_quantized
+from ..kernels.products import Change, available, product, unpacked
 from .buffers import Buffers
 from .computation import Learner
+from .scratch import write_dense
 from .trainable import TrainableLora, TrainablePrefix
 
+_LEAST = 512  # tokens: of fewer, laying the weights out takes as long as it saves
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -43,22 +46,43 @@ class Frozen:
         fused = fuse(modules)
         self._whole = None if fused is None else fused.weight
         self._quantized = [is_quantized(module) for module in modules]
+        on_cpu = next(modules[0].parameters()).device.type == "cpu"
+        self._native = dtype == torch.float32 and on_cpu and available()
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> None:
-        """out = x W^T + bias."""
-        for columns, weight in self._parts(buffers):
+    def adds(self, x: torch.Tensor) -> bool:
+        """Whether `forward` and `back` take changes for this many tokens: natively, where that is the faster way."""
+        return self._native and len(x) >= _LEAST
+
+    def forward(
+        self, x: torch.Tensor, out: torch.Tensor, buffers: Buffers, changes: Sequence[Sequence[Change]] | None = None
+    ) -> None:
+        """out = x W^T + bias, and changes of each layer where `adds`."""
+        for i, (columns, weight) in enumerate(self._parts(buffers)):
             place = out if columns is None else out[:, columns]
             bias = None if self.bias is None else self.bias if columns is None else self.bias[columns]
-            if bias is None:
+            if self.adds(x) and columns is None and changes:
+                self._forward(x, out, weight, changes)
+            elif self.adds(x):
+                product(x, unpacked(weight, False), place, bias=bias, changes=changes[i] if changes else ())
+            elif bias is None:
                 torch.mm(x, weight.t(), out=place)
             else:
                 torch.addmm(bias, x, weight.t(), out=place)
 
-    def back(self, grad: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> None:
-        """out = grad W."""
+    def _forward(
+        self, x: torch.Tensor, out: torch.Tensor, weight: torch.Tensor, changes: Sequence[Sequence[Change]]
+    ) -> None:
+        for columns, some in zip(self.columns, changes, strict=True):
+            bias = None if self.bias is None else self.bias[columns]
+            product(x, unpacked(weight[columns], False), out[:, columns], bias=bias, changes=some)
+
+    def back(self, grad: torch.Tensor, out: torch.Tensor, buffers: Buffers, changes: Sequence[Change] = ()) -> None:
+        """out = grad W, and changes where `adds`."""
         for i, (columns, weight) in enumerate(self._parts(buffers)):
             some = grad if columns is None else grad[:, columns]
-            if i == 0:
+            if self.adds(grad):
+                product(some, unpacked(weight, True), out, add=i > 0, changes=changes if i == 0 else ())
+            elif i == 0:
                 torch.mm(some, weight, out=out)
             else:
                 out.addmm_(some, weight)
@@ -67,20 +91,33 @@ class Frozen:
         """The dense weight of one layer [out, in]."""
         return dense_weight(self.modules[member], self.dtype)
 
-    def _parts(self, buffers: Buffers) -> list[tuple[slice | None, torch.Tensor]]:
-        """(columns, weight) to multiply with one after another; None: all columns.
+    def _parts(self, buffers: Buffers) -> Iterable[tuple[slice | None, torch.Tensor]]:
+        """(columns, weight) to multiply with one after another, each before the next is asked for; None: all columns.
 
-        What has to be dequantised goes below each other into one buffer for all layers of the model.
+        What has to be dequantised goes into one buffer for all layers of the model: below each other where products
+        of many columns are the faster ones, else one after another.
         """
         if self._whole is not None:
             return [(None, self._whole)]
         kept = [getattr(module, "_ahl_copy", None) for module in self.modules]
         if not any(self._quantized) or all(copy is not None for copy in kept):
             return [(columns, self.weight(i)) for i, columns in enumerate(self.columns)]
+        if buffers.device.type != "cpu" or buffers.lean:
+            return self._one_by_one(buffers)
         whole = buffers("dequantised", self.n_out, self.n_in)
         for i, columns in enumerate(self.columns):
             whole[columns] = self.weight(i)
         return [(None, whole)]
+
+    def _one_by_one(self, buffers: Buffers) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Never is more than one weight dense, whatever the group."""
+        for module, columns, quantized in zip(self.modules, self.columns, self._quantized, strict=True):
+            if quantized:
+                out = buffers("dequantised", columns.stop - columns.start, self.n_in)
+                write_dense(module, out)
+                yield columns, out
+            else:
+                yield columns, dense_weight(module, self.dtype)
 
     def _bias(self) -> torch.Tensor | None:
         biases: list[Any] = [getattr(module, "bias", None) for module in self.modules]

@@ -24,7 +24,9 @@ from .decoder_lora import Changes, Tokens, Tools
 from .encoder_layer import PLACES, Layer, Scene
 from .encoder_native import NativeEncoderOps
 from .encoder_ops import Drop, EncoderOps, Rows
+from .encoder_packs import encoder_packs, read_places
 from .encoder_parts import EncoderParts, parts_of
+from .encoder_whole import WholeLayers, reads_whole
 from .modules_dropout import Dropping
 from .modules_lines import Lines, Run, Segment
 from .modules_passes import cross_entropy
@@ -68,13 +70,16 @@ class FusedEncoder:
         below = self._project is not None and bool(self._project.learners)
         trained = [layer.index for layer in self._layers if layer.trained]
         self._lowest = -1 if below else min(trained, default=len(self._layers))
+        native = isinstance(self._ops, NativeEncoderOps) and not settings.checkpoint and bool(trained)
+        whole = native and reads_whole(self._parts, trainables)
+        self._whole = WholeLayers(self._parts, trainables, self._lowest) if whole else None
         self._buffers = Buffers(base.device, base.dtype)
         self._run = Run()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that packs so far have asked for."""
-        return self._buffers.nbytes
+        return self._buffers.nbytes + (self._whole.nbytes if self._whole else 0)
 
     def gradients(self, rows: Sequence[Row]) -> list[Sums]:
         """See `Computation`."""
@@ -115,12 +120,13 @@ class FusedEncoder:
                 learner.head.train(mode)
 
     def _changes(self) -> list[Changes]:
-        found = [change for layer in self._layers for change in layer.changes]
+        """Those whose parameters are to be read for a step."""
+        found = [] if self._whole else [change for layer in self._layers for change in layer.changes]
         return [*found, *(one for one in (self._project, self._pool) if one is not None)]
 
     def _over(self, rows: Sequence[Row], training: bool) -> list[Sums]:
         sums = [Sums() for _ in self._learners]
-        for pack in _packs(rows, self._settings.pack_tokens, self._parts.tags):
+        for pack in encoder_packs(rows, self._settings.pack_tokens, self._parts.tags):
             self._one(pack, sums, training)
         for row in rows:
             sums[row.learner].tokens += len(row.example.ids)
@@ -143,6 +149,8 @@ class FusedEncoder:
     def _forward(self, scene: Scene, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What the last layer gives for tokens that are read, and what each layer read."""
         x = self._embed(scene, ids)
+        if self._whole:
+            return self._whole.forward(scene, x), [x]
         entries = []
         for layer in self._layers:
             entries.append(x)
@@ -160,12 +168,19 @@ class FusedEncoder:
 
     def _backward(self, scene: Scene, entries: Sequence[torch.Tensor], grad: torch.Tensor) -> None:
         below: torch.Tensor | None = grad
+        if self._whole:
+            below = None if self._lowest >= 0 else self._buffers("below", *entries[0].shape)
+            self._whole.backward(scene, entries[0], grad.contiguous(), below)
+            return self._project_back(scene, below)
         for layer in reversed(self._layers[max(self._lowest, 0) :]):
             assert below is not None
             x, keep = entries[layer.index], self._keep(layer, True)
             if self._settings.checkpoint and not layer.last:
                 layer.forward(scene, x, keep)
             below = layer.backward(scene, x, below, keep, layer.index == self._lowest)
+        self._project_back(scene, below)
+
+    def _project_back(self, scene: Scene, below: torch.Tensor | None) -> None:
         if self._project is not None and below is not None:
             embedded = self._buffers("embedded", scene.tokens.count, self._project.frozen.n_in)
             hidden = self._buffers("hidden project", scene.tokens.count, self._project.rank)
@@ -248,7 +263,7 @@ class FusedEncoder:
     def _scene(self, pack: Pack, training: bool) -> tuple[Scene, torch.Tensor]:
         device = self._base.device
         lengths = [len(piece.ids) for piece in pack.pieces]
-        places, counts, segments, asked = _read(pack)
+        places, counts, segments, asked = read_places(pack)
         keys = torch.tensor([piece.key for piece in pack.pieces]).repeat_interleave(torch.tensor(lengths)).to(device)
         indices = torch.cat([torch.arange(n) for n in lengths]).to(device)
         chosen = torch.tensor(places, dtype=torch.int64, device=device)
@@ -265,44 +280,6 @@ class FusedEncoder:
                 "Lower training.max_length.",
             )
         return Scene(tools, self._ops, tokens, read, chosen, every, some, drops), ids
-
-
-def _read(
-    pack: Pack,
-) -> tuple[list[int], list[int], tuple[tuple[int, int, int], ...], tuple[tuple[int, int, int], ...]]:
-    """The tokens that heads read and how many of each row; learners' segments of all tokens, and of those."""
-    places: list[int] = []
-    counts: list[int] = []
-    segments: list[tuple[int, int, int]] = []
-    asked: list[tuple[int, int, int]] = []
-    at = 0
-    for piece in pack.pieces:
-        mine = [at + i for i, t in enumerate(piece.targets) if t != IGNORED] if len(piece.targets) > 1 else [at]
-        for found, first, count in ((segments, at, len(piece.ids)), (asked, len(places), len(mine))):
-            if found and found[-1][2] == piece.learner:
-                found[-1] = (found[-1][0], first + count, piece.learner)
-            else:
-                found.append((first, first + count, piece.learner))
-        places += mine
-        counts.append(len(mine))
-        at += len(piece.ids)
-    return places, counts, tuple(segments), tuple(asked)
-
-
-def _packs(rows: Sequence[Row], most: int, tags: bool) -> list[Pack]:
-    """Whole rows, those of one learner side by side by length, at most `most` tokens a pack."""
-    pieces = [Piece(r.learner, r.key, 0, tuple(r.example.ids), tuple(r.example.labels)) for r in rows]
-    if tags:
-        pieces = [piece for piece in pieces if any(t != IGNORED for t in piece.targets)]
-    packs: list[list[Piece]] = []
-    held = 0
-    for piece in sorted(pieces, key=lambda p: (p.learner, len(p.ids))):
-        if not packs or held + len(piece.ids) > most:
-            packs.append([])
-            held = 0
-        packs[-1].append(piece)
-        held += len(piece.ids)
-    return [Pack(tuple(pack)) for pack in packs]
 
 
 def _first(length: int) -> tuple[int, ...]:

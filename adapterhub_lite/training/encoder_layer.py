@@ -20,7 +20,8 @@ from .encoder_parts import EncoderParts, LayerParts
 
 # Numbers of the places of one layer in which something is dropped: adapters' inputs first, as their products come.
 PLACES = 16
-_GROUPS, _SEEN, _ATTENDED, _MADE = (0, 3, 4, 5), 6, 7, 8
+_GROUPS, SALTS = (0, 3, 4, 5), (6, 7, 8)
+_SEEN, _ATTENDED, _MADE = SALTS
 
 
 @dataclass(frozen=True)

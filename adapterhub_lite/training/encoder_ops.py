@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from .decoder_ops import Parts, TorchOps
 from .dropout import keep_mask
@@ -58,8 +59,8 @@ class Rows:
     """Rows one after another, each with its queries, the last of its tokens or some of them; its keys are all.
 
     Attributes:
-        spans: [rows, 5] int64, see `kernels.training_attention`.
         keys, indices: [queries] int64, as in `Drop`.
+        longest: tokens of the longest row.
     """
 
     def __init__(
@@ -68,10 +69,20 @@ class Rows:
         self.keys, self.indices = keys, indices
         self._counts = torch.tensor([queries, lengths])
         self._starts = self._counts.cumsum(1) - self._counts
+        self.longest = max(lengths)
+
+    @property
+    def begin(self) -> torch.Tensor:
+        """int64 [rows + 1], where the queries of each row begin."""
+        return F.pad(self._counts[0].cumsum(0), (1, 0))
+
+    @cached_property
+    def spans(self) -> torch.Tensor:
+        """int64 [rows, 5], see `kernels.training_attention`."""
         before = self._counts[1] - self._counts[0]
         first = self._starts[1]
         columns = [self._starts[0], self._counts[0], first + before, first, before]
-        self.spans = torch.stack(columns, 1).contiguous().to(keys.device)
+        return torch.stack(columns, 1).contiguous().to(self.keys.device)
 
     @cached_property
     def padding(self) -> Padding:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..tasks.task import IGNORED
 from .computation import Computation, Learner, Row, Settings
+from .divided import Divided, Share
 from .encoder import FusedEncoder
-from .encoder import _packs as encoder_packs
+from .encoder_packs import encoder_packs
 from .member import Member
 from .modules import ModuleComputation
 from .packs import Piece, make_packs
@@ -80,7 +81,8 @@ def work_of(
         times = len(evaluated_after(member))
         for part in member.validation_rows() if times else ():
             evaluations.append(Stride(tuple(part), tuple(loads(computation, learners, settings, part, False)), times))
-    seq2seq = isinstance(computation, ModuleComputation) and computation._base.kind == "seq2seq"
+    first = computation.shares[0].computation if isinstance(computation, Divided) else computation
+    seq2seq = isinstance(first, ModuleComputation) and first._base.kind == "seq2seq"
     tokens = round(sum(stride.weight * sum(real_tokens(row, seq2seq) for row in stride.rows) for stride in strides))
     return Work(steps, sum(m.order.total for m in members), tokens, tuple(strides), tuple(evaluations))
 
@@ -128,13 +130,16 @@ def loads(
     training: bool = True,
 ) -> list[Load]:
     """The packs in which `computation` goes over these rows, with dropout if `training`."""
+    if isinstance(computation, Divided):
+        return [load for share in computation.shares for load in _shared(share, learners, settings, rows, training)]
     # A piece is known by the key of its row: here that is the row's place.
     named = [Row(row.example, row.learner, place) for place, row in enumerate(rows)]
     if isinstance(computation, ModuleComputation):
         computation._run.dropping = training
         packs = computation._packs(named)
         computation._run.dropping = False
-        return [_packed(pack) if computation._pass.packs else _padded(pack) for pack in packs]
+        answers = computation._base.kind == "seq2seq"
+        return [_packed(pack) if computation._pass.packs else _padded(pack, answers) for pack in packs]
     if isinstance(computation, FusedEncoder):
         found = encoder_packs(named, settings.pack_tokens, computation._parts.tags)
     else:
@@ -144,8 +149,19 @@ def loads(
     return [_packed(pack.pieces) for pack in found]
 
 
+def _shared(
+    share: Share, learners: Sequence[Learner], settings: Settings, rows: Sequence[Row], training: bool
+) -> list[Load]:
+    own = share.own(rows)
+    theirs = [learners[i] for i in share.learners]
+    found = loads(share.computation, theirs, settings, [row for _, row in own], training)
+    return [replace(load, rows=tuple(own[i][0] for i in load.rows)) for load in found]
+
+
 def is_padded(computation: Computation) -> bool:
     """Whether rows are made as long as the longest beside them."""
+    if isinstance(computation, Divided):
+        return any(is_padded(share.computation) for share in computation.shares)
     return isinstance(computation, ModuleComputation) and not computation._pass.packs
 
 
@@ -161,10 +177,9 @@ def _packed(pieces: Sequence[Piece]) -> Load:
     return _load(pieces, sum(len(piece.ids) for piece in pieces), squares)
 
 
-def _padded(pieces: Sequence[Piece]) -> Load:
+def _padded(pieces: Sequence[Piece], answers: bool) -> Load:
     """Rows side by side, as long as the longest; an encoder-decoder's answers beside them."""
     text = max(len(piece.ids) for piece in pieces)
-    answers = any(len(piece.targets) not in (1, len(piece.ids)) for piece in pieces)
     answer = max(len(piece.targets) for piece in pieces) if answers else 0
     return _load(pieces, len(pieces) * (text + answer), len(pieces) * (text + answer) ** 2)
 

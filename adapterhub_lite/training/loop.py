@@ -118,19 +118,20 @@ def _evaluate(member: Member, computation: Computation, wish: Callable[[], int])
     return whole
 
 
-def failed(member: Member, kept: bool) -> TrainingFailed:
-    """What to raise for a member that diverged."""
+def failed(member: Member) -> TrainingFailed:
+    """What to raise for a member that diverged. Going on from a checkpoint would do the same again."""
     return TrainingFailed(
         member.failure,
-        f"Lower training.learning_rate ({member.config.learning_rate:g}) or add training.warmup. Nothing was published."
-        + _kept_note(kept, member.step),
+        f"Lower training.learning_rate ({member.config.learning_rate:g}) or add training.warmup, and start again "
+        "(--from-scratch). Nothing was published.",
     )
 
 
 def _no_memory(member: Member, kept: bool) -> TrainingFailed:
     return TrainingFailed(
         f"Out of memory at step {member.step + 1} with batch_size {member.config.batch_size}.",
-        "Lower training.pack_tokens or set training.checkpointing: true; `ahl plan` says what fits." + _kept_note(kept, member.step),
+        "Lower training.pack_tokens or set training.checkpointing: true; `ahl plan` says what fits."
+        + _kept_note(kept, member.step),
     )
 
 

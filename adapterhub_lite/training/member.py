@@ -188,8 +188,9 @@ class Member:
         """Go on from `state()`.
 
         Raises:
-            ValueError: the tensors are not of this learner's size.
+            ValueError, LookupError, TypeError: it is not what a learner of this size leaves.
         """
+        self._check(tensors, plain)
         self.step = plain["step"]
         self.optimizer.restore(tensors, self.step)
         self.history.losses = tensors["losses"].tolist()
@@ -198,3 +199,19 @@ class Member:
         self.watch.restore(plain["watch"])
         self._best = tensors.get("best")
         self.status = STOPPED if plain["stopped"] else RUNNING
+
+    def _check(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+        """Raise ValueError, LookupError or TypeError of what a run could not go on from."""
+        step, losses, best, watch = plain["step"], tensors["losses"], tensors.get("best"), plain["watch"]
+        if type(step) is not int or not 0 <= step <= self.order.total:
+            raise ValueError(f"step {step!r} is none of {self.order.total}")
+        if losses.dtype != torch.float64 or losses.shape != (step,):
+            raise ValueError(f"there are losses {losses.dtype} {list(losses.shape)} of {step} steps")
+        values = self.optimizer.values
+        if best is not None and (best.shape != values.shape or best.dtype != values.dtype):
+            raise ValueError(f"best is {best.dtype} {list(best.shape)}, not {list(values.shape)}")
+        named = [*plain["evaluations"], {"step": watch["best_step"], "waited": watch["waited"]}]
+        numbers = [plain["tokens"], plain["seconds"], 0 if watch["best"] is None else watch["best"]]
+        numbers += [value for one in named for value in (one["step"], *one.values())]
+        if any(type(number) not in (int, float) for number in numbers):
+            raise TypeError("a figure is no number")

@@ -33,19 +33,24 @@ class FlatAdamW:
         with torch.no_grad():
             for parameter, view in zip(self._parameters, self._views(self.values.data), strict=True):
                 parameter.data = view.copy_(parameter)
+        self._gradient_views = self._views(self.gradients)
         self._optimizer = torch.optim.AdamW([self.values], lr=0.0, weight_decay=weight_decay, fused=True)
         self.clear()
 
     def clear(self) -> None:
         """Set all gradients to 0, as views of one buffer."""
         self.gradients.zero_()
-        for parameter, view in zip(self._parameters, self._views(self.gradients), strict=True):
+        for parameter, view in zip(self._parameters, self._gradient_views, strict=True):
             parameter.grad = view
 
     def mean(self, count: int) -> float:
         """Make the summed gradients the mean over `count` items; returns their norm."""
-        for parameter, view in zip(self._parameters, self._views(self.gradients), strict=True):
-            if parameter.grad is not None and parameter.grad.data_ptr() != view.data_ptr():
+        for parameter, view in zip(self._parameters, self._gradient_views, strict=True):
+            if (
+                parameter.grad is not None
+                and parameter.grad is not view
+                and parameter.grad.data_ptr() != view.data_ptr()
+            ):
                 view.copy_(parameter.grad)  # somebody gave it a gradient of its own
         self.gradients.div_(count)
         return float(torch.linalg.vector_norm(self.gradients))
@@ -62,12 +67,9 @@ class FlatAdamW:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and both moments, flat; not copies."""
         state = self._optimizer.state[self.values]
-        zeros = torch.zeros_like(self.values) if not state else None
-        return {
-            "parameters": self.values.detach(),
-            "first_moment": zeros if zeros is not None else state["exp_avg"],
-            "second_moment": zeros if zeros is not None else state["exp_avg_sq"],
-        }
+        moments = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
+        found = {name: state[key] if state else torch.zeros_like(self.values.detach()) for name, key in moments.items()}
+        return {"parameters": self.values.detach(), **found}
 
     def restore(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
         """Go on from `tensors()` after so many updates.

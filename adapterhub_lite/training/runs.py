@@ -203,6 +203,8 @@ class Run:
 
     def _compare(self, learners: Sequence[Identity], parts: Sequence[Mapping[str, Rows]]) -> None:
         before = _identities(self.folder)
+        if len(before) != len(learners):
+            raise _damaged(self.folder)
         found = [
             text
             for old, new, rows in zip(before, learners, parts, strict=True)
@@ -229,9 +231,28 @@ class Run:
 
 def _identities(folder: Path) -> list[Identity]:
     try:
-        return [Identity(**one) for one in read_identity(folder)["learners"]]
+        found = [Identity(**one) for one in read_identity(folder)["learners"]]
     except (TypeError, KeyError) as error:
-        raise StoreCorrupt(f"{folder / IDENTITY} is damaged.", "Start anew with --from-scratch.") from error
+        raise _damaged(folder) from error
+    if not all(map(_is_whole, found)):
+        raise _damaged(folder)
+    return found
+
+
+def _is_whole(one: Identity) -> bool:
+    """Whether the parts of what was read are of their kinds."""
+    parts = (one.recipe, one.data, one.base, one.libraries)
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(one.recipe.get("training"), dict):
+        return False
+    kinds = {"sha256": str, "marks": str, "rows": int}
+    return all(
+        isinstance(told, dict) and all(type(told.get(key)) is kind for key, kind in kinds.items())
+        for told in one.data.values()
+    )
+
+
+def _damaged(folder: Path) -> StoreCorrupt:
+    return StoreCorrupt(f"{folder / IDENTITY} is damaged.", "Start anew with --from-scratch.")
 
 
 def _changed(names: str, found: list[str]) -> TrainingFailed:

@@ -17,19 +17,18 @@ from ..recipe import FileData, Recipe, recipe_dict
 from ..recipe.training import AUTO
 from ..store import Store
 from ..training.batches import Order
-from ..training.calibrate import TooLarge, calibrate, copies_dropped
+from ..training.calibrate import TooLarge, calibrate, copies_dropped, drop_copies
 from ..training.plan import (
     Plan,
     Setup,
-    bytes_text,
     fits,
     ladder,
     memory_of,
     parse_size,
 )
-from ..training.room import room
+from ..training.room import room, settle
 from ..training.train import Assignment
-from .plan_told import Tried, copies_there, longest_row, plan_of, refusal
+from .plan_told import Tried, copies_there, line, longest_row, plan_of, refusal
 
 # Timing packs would take a notable part of a run with less to do: parameters times tokens times 6, its products.
 _LONG = 1e13
@@ -65,7 +64,7 @@ def plan(
     base = base or load_base(plans[0].base, plans[0].quantize, working_copies=wanted_copies(plans), on_event=on_event)
     assignments = [_assignment(job, base, store, len(jobs) > 1, on_event) for job in jobs]
     on_event(Stage("trying a few packs"))
-    return bestplan_of(assignments, base, limit)
+    return best_plan(assignments, base, limit)
 
 
 def best_plan(
@@ -103,6 +102,7 @@ def best_plan(
             memory, bare = memory_of(found), found.base
             if fits(memory, fit):
                 chosen = True
+                settle(base.device)
                 if drops and keep_choice:
                     base.memory = replace(base.memory, working_copies=0)
                 return plan_of(assignments, base, setup, found, tried, fit)
@@ -122,13 +122,16 @@ def chosen_setup(assignments: Sequence[Assignment], base: Base, own: bool, on_ev
     is_long = _products(assignments, base) > _LONG
     if not is_long and base.memory.total < _SMALL * room(base.device):
         return _first(assignments, base)
-    made = bestplan_of(assignments, base, may_drop=own, keep_choice=own, repeats=int(is_long))
+    made = best_plan(assignments, base, may_drop=own, keep_choice=own, repeats=int(is_long))
     on_event(Note(line(made)))
     return made.setup
 
 
-def kept_setup(assignments: Sequence[Assignment], base: Base, told: Mapping[str, Any]) -> Setup:
+def kept_setup(assignments: Sequence[Assignment], base: Base, told: Mapping[str, Any], own: bool) -> Setup:
     """How a run goes on: as it was begun, but for what the recipe says now."""
+    if own and told.get("working_copies") is False and copies_there(base):
+        drop_copies(base)
+        base.memory = replace(base.memory, working_copies=0)
     found = _first(assignments, base)
     tokens, twice = told.get("pack_tokens"), told.get("checkpointing")
     configs = [one.recipe.training for one in assignments]
@@ -143,19 +146,6 @@ def wanted_copies(plans: Sequence[Recipe]) -> bool | None:
     """Whether recipes ask for working copies, or for none; None leaves it to what there is room for."""
     wanted = {plan.training.working_copies for plan in plans} - {AUTO}
     return None if not wanted else False not in wanted
-
-
-def line(made: Plan) -> str:
-    """A plan in one line."""
-    setup, names = made.setup, ", ".join(one.name for one in made.learnings)
-    parts = [f"{names}: {made.steps:,} steps, {made.tokens:,} tokens"]
-    if made.time is not None:
-        parts.append(f"about {_duration(made.time.total)} ({made.tokens_per_second:,.0f} tokens/s)")
-    parts.append(f"at most {bytes_text(made.memory.peak)}, {bytes_text(made.memory.above)} above the base")
-    parts.append(f"{made.choices['computation'].value}, packs of {setup.pack_tokens:,} tokens")
-    if setup.checkpointing:
-        parts.append("layers computed twice")
-    return "; ".join(parts)
 
 
 def write_recipe(recipe: Recipe, made: Plan, path: Path) -> None:

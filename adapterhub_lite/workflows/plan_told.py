@@ -59,9 +59,22 @@ def plan_of(
     )  # fmt: skip
 
 
+def line(made: Plan) -> str:
+    """A plan in one line."""
+    setup, names = made.setup, ", ".join(one.name for one in made.learnings)
+    parts = [f"{names}: {made.steps:,} steps, {made.tokens:,} tokens"]
+    if made.time is not None:
+        parts.append(f"about {_duration(made.time.total)} ({made.tokens_per_second:,.0f} tokens/s)")
+    parts.append(f"at most {bytes_text(made.memory.peak)}, {bytes_text(made.memory.above)} above the base")
+    parts.append(f"{made.choices['computation'].value}, packs of {setup.pack_tokens:,} tokens")
+    if setup.checkpointing:
+        parts.append("layers computed twice")
+    return "; ".join(parts)
+
+
 def _learning(one: Assignment, trained: int) -> Learning:
     recipe, config = one.recipe, one.recipe.training
-    kind = recipe.adapter.type
+    kind: str = recipe.adapter.type
     kind += f" of rank {recipe.adapter.rank}" if isinstance(recipe.adapter, LoraAdapter) else ""
     return Learning(
         recipe.name, kind, len(one.train), Order(config, one.train).total, config.batch_size,

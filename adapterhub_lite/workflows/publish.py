@@ -61,7 +61,8 @@ def publish(
         NoEffect: it moves no logit.
         StoreError: it could not be stored; the message says where it is kept.
     """
-    effect, metrics, examples = _measured(store, name, base, task, rows, trained, on_event)
+    learner = name if "together" in origin.told else ""
+    effect, metrics, examples = _measured(store, name, learner, base, task, rows, trained, on_event)
     card = Card(
         adapter=adapter_summary(trained.adapter),
         base=base_summary(base),
@@ -133,6 +134,7 @@ def base_summary(base: Base) -> dict[str, Any]:
 def _measured(
     store: Store,
     name: str,
+    learner: str,
     base: Base,
     task: Task,
     rows: Mapping[str, Rows],
@@ -152,7 +154,7 @@ def _measured(
                 title = f"measuring {name} on {split}"
                 found = evaluate(runtime, task, rows[split], held, on_event, title)
                 metrics[split], examples[split] = found.metrics, examples_of(found.answers)
-                on_event(Evaluated(split, len(trained.history.losses), metrics[split]))
+                on_event(Evaluated(split, len(trained.history.losses), metrics[split], learner))
     finally:
         runtime.close()
     return effect, metrics, examples

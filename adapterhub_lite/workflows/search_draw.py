@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
-from .search_journal import COMPLETE, Trial
 from .search_space import Choices, Space
+from .search_trials import COMPLETE, Trial
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

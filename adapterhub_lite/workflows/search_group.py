@@ -20,26 +20,21 @@ from ..training.computation import Settings, make_computation
 from ..training.frozen import unchanged
 from ..training.loop import Referee
 from ..training.member import History, Member
-from ..training.plan import Setup
 from ..training.runs import Run
 from ..training.train import Assignment, Trained, new_members, train_adapters
 from .plan import chosen_setup, kept_setup, wanted_copies
-from .search_journal import COMPLETE, FAILED, Search, Trial
+from .search_journal import Search
+from .search_trials import COMPLETE, FAILED, Trial
 from .train import _assignment, _checkpointing, _Job, read_data
 
 Found = Sequence[Trained | TrainingFailed]
 _SHORTEST = 30  # steps of a run, below which it is not tried how a step is computed fastest
-_FASTER = 0.97  # the share of the time together that learner by learner must take to be chosen
+_FASTER = 0.9  # the share of the time together that learner by learner must take to be chosen
 
 
 @dataclass
 class Crew:
-    """What the groups of a search share.
-
-    Attributes:
-        setup: how they are computed; found with the first group.
-        apart: whether learner by learner is faster than together; None while it is not known.
-    """
+    """What the groups of a search share; how they are computed is in the search's head."""
 
     store: Store
     first: _Job
@@ -47,8 +42,6 @@ class Crew:
     base: Base
     own: bool
     on_event: Listener
-    setup: Setup | None = None
-    apart: bool | None = None
     examples: dict[tuple[Any, ...], Assignment] = field(default_factory=dict)
 
     def job(self, plan: Recipe) -> _Job:
@@ -85,8 +78,10 @@ def base_of(plan: Recipe, base: Base | None, on_event: Listener) -> Base:
     return base or load_base(plan.base, plan.quantize, working_copies=wanted_copies([plan]), on_event=on_event)
 
 
-def group_size(crew: Crew, plans: Sequence[Recipe], most: int) -> int:
-    """How many of these fit into memory at once, at most so many; the largest are tried, and their setup is kept.
+def group_size(crew: Crew, plans: Sequence[Recipe], most: int, timed: bool = False) -> int:
+    """How many of these fit into memory at once, at most so many; the largest are tried. Writes into the search's head
+    how they are computed: the plan's setup, and where `timed` whether learner by learner is faster than together. That
+    rounds otherwise, so what must come out the same again is not timed.
 
     Raises:
         CapacityError: not even one fits.
@@ -96,14 +91,14 @@ def group_size(crew: Crew, plans: Sequence[Recipe], most: int) -> int:
     while True:
         group = [crew.assignment(crew.job(plan)) for plan in largest[:count]]
         try:
-            crew.setup = chosen_setup(group, crew.base, crew.own, crew.on_event)
+            setup = chosen_setup(group, crew.base, crew.own, crew.on_event)
             break
         except CapacityError:
             if count == 1:
                 raise
             count = (count + 1) // 2
-    if count > 1 and crew.apart is None:
-        crew.apart = _apart_is_faster(group, crew.base, crew.setup.settings, crew.on_event)
+    apart = timed and count > 1 and _apart_is_faster(group, crew.base, setup.settings, crew.on_event)
+    crew.search.head |= {"computed": asdict(setup), "apart": apart}
     return count
 
 
@@ -152,14 +147,19 @@ def train_group(
     with Run(crew.search.folder, identities, on_event=crew.on_event) as run:
         assignments = [crew.assignment(job) for job in jobs]
         resume = run.is_broken_off
-        setup = kept_setup(assignments, crew.base, run.computed) if resume else crew.setup
-        setup = setup or chosen_setup(assignments, crew.base, crew.own, crew.on_event)
+        computed = run.computed if resume else crew.search.head.get("computed", {})
+        setup = kept_setup(assignments, crew.base, computed, crew.own)
         checkpoints = run.begin(
             identities, [job.rows for job in jobs], resume, asdict(setup), **_checkpointing(plans)
         )  # fmt: skip
         names = ", ".join(plan.name for plan in plans)
         crew.on_event(Stage(f"training {len(plans)} adapters on {crew.base.name}: {names}"))
-        more: dict[str, Any] = {"settings": setup.settings, "apart": bool(crew.apart), "on_event": crew.on_event}
+        more: dict[str, Any] = {
+            "settings": setup.settings,
+            "apart": bool(crew.search.head.get("apart")),
+            "on_event": crew.on_event,
+        }
+        begun = time.perf_counter()
         try:
             found = train_adapters(
                 assignments, crew.base, checkpoints=checkpoints, referee=referee, wish=wish, **more
@@ -168,6 +168,9 @@ def train_group(
             if interrupted is not None and checkpoints.latest() is not None:
                 interrupted(_as_they_are(assignments, crew.base, checkpoints, more))
             raise
+        finally:
+            head = crew.search.head
+            head["seconds"] = round(head.get("seconds", 0.0) + time.perf_counter() - begun, 3)
         keep(found)
         run.done = True
 
@@ -221,12 +224,13 @@ def note_history(trial: Trial, history: History) -> None:
         trial.metrics = {key: value for key, value in at.items() if key != "step"}
 
 
-def stored_trial(store: Store, name: str, search: Search, number: int) -> Ref | None:
-    """The version that this search stored of a trial before it was broken off."""
+def stored_trial(store: Store, name: str, search: Search, trial: Trial) -> Ref | None:
+    """The version that this search stored of a trial before, as it is now."""
     for version in reversed(store.versions(name) if name in store.names() else []):
         ref = Ref(name, version=version)
         told = store.card(ref).origin.get("search")
-        if isinstance(told, dict) and told.get("id") == search.id and told.get("trial") == number:
+        mine = {"id": search.id, "trial": trial.number, "loss": trial.loss}
+        if isinstance(told, dict) and {key: told.get(key) for key in mine} == mine:
             return store.resolve(ref)
     return None
 

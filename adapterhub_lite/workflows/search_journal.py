@@ -13,59 +13,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import AdapterHubError, FormatError, NotFound, StoreCorrupt, StoreError, TrainingFailed
-from ..formats.files import read_regular
-from ..formats.strict_json import dump, parse_object
+from ..errors import NotFound, StoreError, TrainingFailed
+from ..formats.strict_json import dump
 from ..store.fs import FileSystem, discard, ensure_folder, new_tmp, replace_file, storing, write_file
 from ..training.run_folders import LOCK, held
 from ..training.runs import Identity, changes
+from .search_trials import JOURNAL, Trial, read_journal
 
-JOURNAL, TRIALS = "journal.jsonl", "trials"
-KINDS = ("sweep", "tune")
-OPEN, COMPLETE, PRUNED, CUT, FAILED = "", "complete", "pruned", "cut", "failed"
-_LIMIT = 64 << 20
-
-
-@dataclass
-class Trial:
-    """One adapter of a search.
-
-    Attributes:
-        parameters: what it sets, by the paths of the fields.
-        state: "" while it is not ended, then complete, pruned, cut (by the budget) or failed.
-        loss: of the validation part at the step that is kept, with the other `metrics` measured there.
-        total: steps that it would have had.
-        test: its figures on the test part, where it was published.
-    """
-
-    number: int
-    parameters: dict[str, Any]
-    round: int = 0
-    state: str = OPEN
-    loss: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    step: int = 0
-    steps: int = 0
-    total: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    test: dict[str, float] = field(default_factory=dict)
-    ref: str = ""
-    note: str = ""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it is to be trained, or trained on."""
-        return self.state == OPEN
+TRIALS = "trials"
 
 
 class Search:
@@ -87,7 +49,9 @@ class Search:
             ensure_folder(self._fs, self.folder, self._top)
             self._lock = held(self.folder / LOCK)
         if self._lock is None:
-            raise StoreError(f"Another process does this {self.kind} of {self.identity.name}.", "Wait for it, or end it.")
+            raise StoreError(
+                f"Another process does this {self.kind} of {self.identity.name}.", "Wait for it, or end it."
+            )
         return self
 
     def __exit__(
@@ -199,60 +163,6 @@ class Search:
         discard(self._fs, self.folder / "runs")
 
 
-def read_journal(folder: Path) -> tuple[dict[str, Any], list[Trial]]:
-    """What a journal says.
-
-    Raises:
-        StoreCorrupt: it is damaged.
-    """
-    path = folder / JOURNAL
-    try:
-        head, *lines = read_regular(path, _LIMIT).decode().splitlines()
-        told = parse_object(head, JOURNAL, limit=_LIMIT)
-        if told["kind"] not in KINDS or not isinstance(told["id"], str):
-            raise ValueError("it is no search")
-        return told, [Trial(**parse_object(line, JOURNAL, limit=_LIMIT)) for line in lines]
-    except (FormatError, OSError, LookupError, TypeError, ValueError) as error:
-        raise StoreCorrupt(f"{path} is damaged: {error}.", "Start anew with --from-scratch.") from error
-
-
 def _has_run(folder: Path) -> bool:
     runs = folder / "runs"
     return runs.is_dir() and any(runs.iterdir())
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A search on disk that no process holds."""
-
-    folder: Path
-    kind: str
-    name: str
-    trials: int
-    ended: int
-    done: bool
-    bytes: int
-
-
-def kept_searches(top: Path) -> list[Kept]:
-    """All searches in the store at `top` that no process holds."""
-    home = top / "runs"
-    found = []
-    for folder in sorted(home.iterdir()) if home.is_dir() else ():
-        if not (folder / JOURNAL).is_file():
-            continue
-        with suppress(OSError):
-            number = held(folder / LOCK)
-            if number is None:
-                continue
-            os.close(number)
-        head: dict[str, Any] = {}
-        trials: Sequence[Trial] = ()
-        with suppress(AdapterHubError):
-            head, trials = read_journal(folder)
-        size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-        ended = sum(not trial.is_open for trial in trials)
-        name = str((head.get("identity") or {}).get("name") or folder.name)
-        kind = str(head.get("kind", "search"))
-        found.append(Kept(folder, kind, name, len(trials), ended, bool(head.get("done")), size))
-    return found

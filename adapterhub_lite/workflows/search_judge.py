@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..training.member import Member
+from ..training.member import STOPPED, Member
 from .search_draw import worse_than_median
-from .search_journal import CUT, OPEN, PRUNED, Trial
 from .search_space import Space
+from .search_trials import CUT, OPEN, PRUNED, Trial
 
 HALVING, MEDIAN, NONE = "halving", "median", "none"
 PRUNERS = (HALVING, MEDIAN, NONE)
@@ -46,6 +46,9 @@ class _Seen:
 class Judge:
     """Asked before every step of a group (`loop.Referee`); `states` says whom it ended, by number of the trial.
 
+    Attributes:
+        totals: steps that each trial would have.
+
     Args:
         trials: of the group, in the order of its members.
         others: all other trials of the search.
@@ -58,9 +61,12 @@ class Judge:
         self._pruner, self._clock = pruner, clock
         self._seen: dict[int, _Seen] = {}
         self.states: dict[int, str] = {}
+        self.totals: dict[int, int] = {}
 
     def __call__(self, members: Sequence[Member], evaluated: bool) -> None:
         """End those that have lost, or cannot be measured once more in time."""
+        if not self.totals:
+            self._meet(members)
         fresh = [member for member in members if self._is_fresh(member)]
         for member in self._losers(members, fresh):
             self._end(member, PRUNED)
@@ -70,6 +76,14 @@ class Judge:
         for member in fresh:
             seen = self._seen[member.index]
             seen.at, seen.count = self._clock.now, len(member.history.evaluations)
+
+    def _meet(self, members: Sequence[Member]) -> None:
+        """Before the first step; those that had lost when the run was broken off are known by having stopped."""
+        for member in members:
+            number = self._trials[member.index].number
+            self.totals[number] = member.order.total
+            if member.status == STOPPED and not member.watch.has_enough:
+                self.states[number] = PRUNED
 
     def _end(self, member: Member, state: str) -> None:
         if member.is_active:

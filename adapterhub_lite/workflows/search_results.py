@@ -14,14 +14,16 @@ from typing import Any
 
 from ..names import Ref
 from ..store.fs import FileSystem, replace_file, storing
-from .search_journal import Search, Trial
+from .search_journal import Search
 from .search_space import short
+from .search_trials import Trial
 
 SEED = "training.seed"
 CSV, JSON, PLOT = "results.csv", "results.json", "plot.png"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the last the normal distribution's.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-      2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+      2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+      2.042)  # fmt: skip
 _NORMAL = 1.96
 
 
@@ -66,6 +68,11 @@ class SearchResult:
         return list(self.trials[0].parameters) if self.trials else []
 
     @property
+    def seconds(self) -> float:
+        """What training took, of all groups."""
+        return float(self.head.get("seconds", 0.0))
+
+    @property
     def repeats(self) -> list[Repeated]:
         """By parameters without the seed, the best mean first."""
         return repeated(self.trials)
@@ -81,6 +88,7 @@ class SearchResult:
             "folder": str(self.folder),
             "files": [str(path) for path in self.files],
             "interrupted": bool(self.interrupted),
+            "seconds": self.seconds,
             "told": self.head.get("told"),
             "space": self.head.get("space"),
             "trials": [asdict(trial) for trial in self.trials],
@@ -107,7 +115,7 @@ def repeated(trials: Sequence[Trial]) -> list[Repeated]:
     for trial in trials:
         key = json.dumps({k: v for k, v in trial.parameters.items() if k != SEED}, sort_keys=True)
         groups.setdefault(key, []).append(trial)
-    found = [_repeated(json.loads(key), group) for key, group in groups.items()]
+    found = [_repeated({k: v for k, v in g[0].parameters.items() if k != SEED}, g) for g in groups.values()]
     return sorted(found, key=lambda one: (one.loss is None, one.loss or 0.0))
 
 
@@ -134,7 +142,9 @@ def write_results(search: Search, result: SearchResult, out: Path | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     fs = FileSystem()
     paths = (folder / CSV, folder / JSON, folder / PLOT)
-    filled = SearchResult(**{**vars(result), "files": paths if any(t.loss is not None for t in result.trials) else paths[:2]})
+    filled = SearchResult(
+        **{**vars(result), "files": paths if any(t.loss is not None for t in result.trials) else paths[:2]}
+    )
     told = json.dumps(filled.to_dict(), indent=2, ensure_ascii=False, default=str) + "\n"
     with storing("write the results of a search", folder):
         replace_file(fs, folder, folder / CSV, table_csv(result.trials).encode(), 0o644)

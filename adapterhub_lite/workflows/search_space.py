@@ -96,7 +96,7 @@ def grid_points(recipe: Recipe, grid: Mapping[str, Iterable[object]] | Sequence[
         RecipeError: a value that the recipe does not take.
     """
     axes: dict[str, list[object]] = {}
-    for key, values in (grid.items() if isinstance(grid, Mapping) else map(_axis, grid)):
+    for key, values in grid.items() if isinstance(grid, Mapping) else map(_axis, grid):
         path, listed = field_path(recipe, key.strip()), list(values)
         if not listed or path in axes:
             raise Unsupported(
@@ -175,14 +175,14 @@ def short(path: str) -> str:
 
 
 def brief(value: object) -> str:
-    """A value in few characters: 1e-4, 0.05, 16."""
+    """A value in few characters: 1e-4, 0.05, 16, q_proj+v_proj."""
     if isinstance(value, float):
         text = f"{value:.6g}"
         if 0 < abs(value) < 0.01:
             mantissa, _, power = f"{value:.5e}".partition("e")
             text = f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
         return text
-    return str(value)
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def value_at(recipe: Recipe, path: str) -> Any:
@@ -200,8 +200,8 @@ def default_space(recipe: Recipe, encoder: bool) -> Space:
     """Learning rate, and what its adapter type has of rank, alpha, tokens; dropout on an encoder.
 
     Rates lie around the default of the adapter's type, which for LoRA is about ten times that of full fine-tuning;
-    alpha / rank scaling keeps the best rate nearly the same over ranks ("LoRA Without Regret", Thinking Machines, 2025),
-    so ranks and alphas are few. The recipe's own values are always among them.
+    scaling by alpha / rank keeps the best rate nearly the same over ranks ("LoRA Without Regret", Thinking Machines,
+    2025), so ranks and alphas are few. The recipe's own values are always among them.
     """
     adapter, rate = recipe.adapter, recipe.training.learning_rate
     usual = LEARNING_RATES[adapter.type]

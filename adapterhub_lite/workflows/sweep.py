@@ -16,9 +16,10 @@ from ..recipe import Recipe
 from ..store import Store
 from .publish import Origin, publish
 from .search_group import Crew, Found, base_of, chunks, first_job, group_size, record, stored_trial, train_group
-from .search_journal import FAILED, Search, Trial
+from .search_journal import Search
 from .search_results import SearchResult, ranked, write_results
 from .search_space import Point, grid_points
+from .search_trials import FAILED, Trial
 from .train import Overrides, _loaded
 
 MOST_TOGETHER = 16
@@ -75,9 +76,7 @@ def _train_points(crew: Crew, points: Sequence[Point], together: int | None) -> 
         search.trials = [Trial(point.number, point.parameters) for point in points]
         plans = [point.recipe for point in points]
         search.head["together"] = group_size(crew, plans, together or MOST_TOGETHER)
-        search.head["apart"] = bool(crew.apart)
         search.write()
-    crew.apart = bool(search.head.get("apart"))
     for group in chunks(points, int(search.head["together"])):
         if any(search.trials[point.number].is_open for point in group):
             train_group(crew, [point.recipe for point in group], _Keeper(crew, group))
@@ -111,12 +110,12 @@ class _Keeper:
         crew, search = self._crew, self._crew.search
         told: dict[str, Any] = {
             "search": {"kind": "sweep", "id": search.id, "trial": trial.number, "parameters": trial.parameters,
-                       "points": len(search.trials)},
+                       "loss": trial.loss, "points": len(search.trials)},
         }  # fmt: skip
         job = crew.job(point.recipe)
         origin = Origin(self._started, [job.start] if job.start else [], told)
         try:
-            ref = stored_trial(crew.store, point.name, search, trial.number) or publish(
+            ref = stored_trial(crew.store, point.name, search, trial) or publish(
                 crew.store, point.name, point.recipe, crew.base, job.task, job.rows, trained, origin, crew.on_event
             )
         except NoEffect as error:

@@ -160,7 +160,7 @@ def _train(
         setup = None if resume else chosen_setup(assignments, base, own, on_event)
         told = asdict(setup) if setup else None
         checkpoints = run.begin([job.identity(base) for job in jobs], parts, resume, told, **_checkpointing(plans))
-        settings = (setup or kept_setup(assignments, base, run.computed)).settings
+        settings = (setup or kept_setup(assignments, base, run.computed, own)).settings
         for job, one in zip(jobs, assignments, strict=True):
             on_event(Stage(f"training {job.plan.name} on {base.name}: {len(one.train)} examples"))
         found = train_adapters(assignments, base, checkpoints=checkpoints, settings=settings, on_event=on_event)

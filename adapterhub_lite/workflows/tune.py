@@ -24,10 +24,11 @@ from ..training.train import Trained
 from .publish import Origin, _history, adapter_summary, base_summary, libraries, publish
 from .search_draw import draw, need_optuna
 from .search_group import Crew, Found, base_of, chunks, first_job, group_size, record, stored_trial, train_group
-from .search_journal import COMPLETE, CUT, FAILED, PRUNED, Search, Trial
+from .search_journal import Search
 from .search_judge import HALVING, PRUNERS, Clock, Judge
 from .search_results import SearchResult, ranked, write_results
 from .search_space import Space, checked_space, default_space, read_space, space_dict, value_at
+from .search_trials import COMPLETE, CUT, PRUNED, Trial
 from .train import Overrides, _loaded
 
 TOGETHER = 4
@@ -90,14 +91,7 @@ def tune(
         search.begin(first.identity(crew.base), space=space_dict(ranges))
         hunt = _Hunt(crew, _measured_often(plan, first.rows), ranges, seed, pruner, together, clock, wish)
         hunt.run(trials)
-        ref = hunt.publish()
-        if not wish.number:
-            search.end()
-        result = SearchResult(
-            "tune", plan.name, search.id, ranked(search.trials), ref, search.folder,
-            interrupted=128 + wish.number if wish.number else 0, head=search.head,
-        )  # fmt: skip
-        return write_results(search, result, out)
+        return write_results(search, hunt.result(), out)
 
 
 def _check(
@@ -145,7 +139,6 @@ class _Hunt:
         self._started = time.perf_counter()
         self._longest_first = 0.0  # seconds that a round took at least
         self._partial: dict[int, tuple[Trial, Trained]] = {}
-        crew.apart = self._search.head.get("apart")
 
     def run(self, most: int | None) -> None:
         """Until the time, the trials or the patience of whoever pressed Ctrl-C is at its end."""
@@ -185,8 +178,9 @@ class _Hunt:
         plans = {trial.number: self._recipe(trial) for trial in waiting}
         head = self._search.head
         if "fits" not in head:
-            head["fits"] = group_size(self._crew, list(plans.values()), len(waiting))
-            head["apart"] = bool(self._crew.apart)
+            head["fits"] = group_size(
+                self._crew, list(plans.values()), len(waiting), timed=self._clock.budget is not None
+            )
             self._search.write()
         begun = self._clock.now
         for group in chunks(waiting, max(int(head["fits"]), 1)):
@@ -241,6 +235,15 @@ class _Hunt:
         return {"kind": "tune", "id": self._search.id, "trial": trial.number, "parameters": trial.parameters,
                 "state": trial.state, "loss": trial.loss}  # fmt: skip
 
+    def result(self) -> SearchResult:
+        """Store the best, and say what was found. Raises as `publish`."""
+        search, number = self._search, self._wish.number
+        ref = self.publish()
+        if not number:
+            search.end()
+        name, code = self._plan.name, 128 + number if number else 0
+        return SearchResult("tune", name, search.id, ranked(search.trials), ref, search.folder, (), code, search.head)
+
     def publish(self) -> Ref | None:
         """Store the best of all trials under the recipe's name, unless this search did so before.
 
@@ -257,8 +260,8 @@ class _Hunt:
             hint = "Lower the learning rates of the space, or add training.warmup."
             raise TrainingFailed(f"No trial could be measured. {' '.join(notes[:1])}".strip(), hint)
         trial, name = best[0], self._plan.name
-        ref = stored_trial(crew.store, name, search, trial.number)
-        if ref is not None and not self._partial:
+        ref = stored_trial(crew.store, name, search, trial)
+        if ref is not None:
             return ref
         crew.on_event(Stage(f"publishing trial {trial.number} as {name}"))
         trained = self._partial[trial.number][1] if trial.number in self._partial else self._kept(trial)
@@ -304,11 +307,11 @@ class _Keeper:
         for trial, trained in zip(self._group, found, strict=True):
             record(trial, trained, self._judge.states.get(trial.number, COMPLETE))
             trial.total = self._judge.totals.get(trial.number, trial.steps)
-            if trial.state == FAILED:
-                continue
-            if trial.state == COMPLETE and trained.history.ended != "finished":  # type: ignore[union-attr]
-                trial.note = trained.history.ended  # type: ignore[union-attr]
-            self._hunt.keep(trial, trained)  # type: ignore[arg-type]
+        for trial, trained in zip(self._group, found, strict=True):
+            if isinstance(trained, Trained):
+                if trial.state == COMPLETE and trained.history.ended != "finished":
+                    trial.note = trained.history.ended
+                self._hunt.keep(trial, trained)
         search.write()
 
     def interrupted(self, found: Found) -> None:

@@ -17,6 +17,7 @@ from ..render import counted, emit, printable, say, size
 if TYPE_CHECKING:
     from ...store import Leftover, Store, Swept
     from ...training.run_folders import BrokenOff
+    from ...workflows.search_trials import Kept
 
 app = new_app()
 _HOURS = 24.0
@@ -32,7 +33,10 @@ def run(
         typer.Option("--older-than", min=0.0, metavar="HOURS", help="Age of unfinished work that is given up [24]."),
     ] = None,
     runs: Annotated[
-        bool, typer.Option("--runs", help="Remove training runs that were broken off, too; --resume has nothing then.")
+        bool,
+        typer.Option(
+            "--runs", help="Remove training runs that were broken off, and searches, too; --resume has nothing then."
+        ),
     ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -46,10 +50,11 @@ def run(
     opened.require()
     hours = _HOURS if hours is None else hours
     swept = opened.sweep(dry_run, hours * 3600)
-    waiting = _runs(opened, runs and not dry_run)
+    waiting, searches = _runs(opened, runs and not dry_run), _searches(opened, runs and not dry_run)
     if as_json:
         told = [{**asdict(one), "folder": str(one.folder)} for one in waiting]
-        emit({"store": str(opened.path), "dry_run": dry_run, **_report(swept), "runs": told})
+        more = {"searches": [{**asdict(one), "folder": str(one.folder)} for one in searches]}
+        emit({"store": str(opened.path), "dry_run": dry_run, **_report(swept), "runs": told, **more})
         if swept.kept:
             raise Failure("Not everything could be removed.")
         return
@@ -63,6 +68,8 @@ def run(
     say(*_beside(swept, hours))
     for waits in waiting:
         say(_run_line(waits, runs, dry_run))
+    for search in searches:
+        say(_search_line(search, runs, dry_run))
     if swept.kept:
         listed = ", ".join(one.path for one in swept.kept)
         raise StoreError(
@@ -77,6 +84,22 @@ def _run_line(one: BrokenOff, wanted: bool, dry_run: bool) -> str:
         fate = "would go" if dry_run else "gone"
     told = f"run of {', '.join(one.names)}, broken off after step {one.step}: {fate}"
     return f"{size(one.bytes):>8}  {printable(f'runs/{one.folder.name}  ({told})')}"
+
+
+def _search_line(one: Kept, wanted: bool, dry_run: bool) -> str:
+    fate = "--runs removes it" if one.done else f"`ahl {one.kind} --resume` goes on with it; --runs removes it"
+    if wanted:
+        fate = "would go" if dry_run else "gone"
+    told = f"{one.kind} of {one.name}, {one.ended} of {counted(one.trials, 'adapters')} done: {fate}"
+    return f"{size(one.bytes):>8}  {printable(f'runs/{one.folder.name}  ({told})')}"
+
+
+def _searches(store: Store, remove: bool) -> list[Kept]:
+    """The searches there are; those that are gone now, if they are to be removed. Their versions stay."""
+    from ...workflows.search_trials import kept_searches, remove_search
+
+    found = kept_searches(store.path)
+    return [one for one in found if remove_search(one.folder)] if remove else found
 
 
 def _runs(store: Store, remove: bool) -> list[BrokenOff]:

@@ -43,10 +43,10 @@ def run(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what training would take, how it is computed and why, before the first step.
+    """Say what training a recipe would take, before the first step.
 
-    A few packs of the recipe's own rows are computed, and nothing is learnt, stored or kept of them. What is chosen
-    changes speed and memory, not what is learnt: a step keeps its rows.
+    It says how it is computed, too, and why. A few packs of the recipe's own rows are computed, and nothing is learnt,
+    stored or kept of them. What is chosen changes speed and memory, not what is learnt: a step keeps its rows.
     """
     if len(recipe) > 1 and not together:
         raise UsageProblem("Several recipes are planned at once only when asked to.", "Add --together.")

@@ -159,6 +159,7 @@ def test_the_quick_form_measures_everything_against_its_peer(
     monkeypatch.setattr(
         training_memory, "_measured", lambda side, case: {"base": 100, "above": 30 if side == "ours" else 60}
     )
+    monkeypatch.setattr(training_plan, "_run", lambda mode, trial: {"peak": 9.0, "above": 3.0, "seconds": 2.0})
     monkeypatch.setattr(training_speed, "roof", lambda: {torch.float32: 2e9, torch.bfloat16: 1e9})
     training.main(["--quick", "--json", str(tmp_path / "figures.json")])
     found = json.loads((tmp_path / "figures.json").read_text())
@@ -173,7 +174,7 @@ def test_the_quick_form_measures_everything_against_its_peer(
     parameters = sum(p.numel() for p in load_base(training.BASE).model.parameters())
     assert share["figure"] == pytest.approx(4 * parameters * 1000 / share["ours"]["p50"] / 2e9)
     assert [row["figure"] for row in found if row["part"] == "memory"] == [0.5, 0.5]
-    assert len([row for row in found if row["part"] == training_plan.PART]) == 2
+    assert len([row for row in found if row["part"] == training_plan.PART]) == 3 + len(training_plan.QUICK)
     said = capsys.readouterr().out
     assert all(row["what"] in said for row in found)
     assert "peft" in said

@@ -163,6 +163,15 @@ def test_many_texts_and_one_alone(threads: int) -> None:
 
 
 @native
+def test_texts_of_which_nothing_is_read(threads: int) -> None:
+    """Blocks of them: some beside texts that are read, and all there are."""
+    drawn = Drawn()
+    Run(drawn, [200, 5, 130, 40], [0, 1, 2, -1]).check([(0, 0), (0, 0), (0, 0), (3, 30)])
+    Run(drawn, [60] * 12, [-1] * 12).check([(0, 0)] * 6 + [(0, 2)] * 6)
+    assert Run(drawn, [7], [1]).check([(0, 0)]).shape == (0, HIDDEN)
+
+
+@native
 def test_gelu_is_that_of_erf() -> None:
     """Of values from -12 to 12, with nothing else beside it: no attention, both products a factor for each value."""
     drawn, eye = Drawn(HIDDEN, 1), torch.eye(HIDDEN)

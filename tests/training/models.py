@@ -37,8 +37,8 @@ def _model(family: str, **changes: Any) -> Any:
         sizes = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
         return hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**_IDS, **sizes, **changes))
     if family == "electra":
-        sizes = {**_BERT, "embedding_size": 24}
-        return hf.ElectraForSequenceClassification(hf.ElectraConfig(**_IDS, **sizes, **changes))
+        sizes = {**_BERT, "embedding_size": 24, **changes}
+        return hf.ElectraForSequenceClassification(hf.ElectraConfig(**_IDS, **sizes))
     sizes = {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
     return hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**_IDS, **sizes, **changes))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from adapterhub_lite.errors import StoreCorrupt, TrainingInterrupted
 from adapterhub_lite.events import Note
+from adapterhub_lite.formats.strict_json import dump
 from adapterhub_lite.recipe import EarlyStopping
 from adapterhub_lite.store.fs import FileSystem
 from adapterhub_lite.training.checkpoint import Checkpoints, State, read_checkpoint, write_checkpoint
@@ -250,3 +252,41 @@ class TestTampering:
     def test_of_another_run(self, path: Path):
         with pytest.raises(StoreCorrupt, match="belongs to another run"):
             read_checkpoint(path, "0" * 64)
+
+    @pytest.mark.parametrize("learners", [3, None, []])
+    def test_learners_that_are_none(self, path: Path, learners: Any):
+        """Whoever writes a file can seal it, too."""
+        told = json.loads((path / "state.json").read_text())
+        del told["seal"]
+        told["learners"] = learners
+        (path / "state.json").chmod(0o644)
+        (path / "state.json").write_bytes(dump({**told, "seal": sha256(dump(told)).hexdigest()}))
+        with pytest.raises(StoreCorrupt, match="is damaged"):
+            read_checkpoint(path, RUN)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("step", "4"), ("step", -1), ("step", 2.0), ("step", 9), ("step", True), ("tokens", "x"), ("seconds", []),
+        ("evaluations", [{"loss": 1.0}]), ("evaluations", [{"step": 2, "loss": "x"}]), ("evaluations", ["x"]),
+        ("watch", {"best": "x", "best_step": 2, "waited": 0}), ("watch", {"best": 1.0, "best_step": 2}),
+        ("losses", torch.zeros(3)), ("losses", torch.zeros((2, 2), dtype=torch.float64)),
+        ("losses", torch.tensor(1.0, dtype=torch.float64)), ("best", torch.zeros(3, dtype=torch.float64)),
+        ("best", torch.zeros(95)), ("parameters", torch.zeros(3, dtype=torch.float64)),
+    ],
+)  # fmt: skip
+def test_what_no_run_leaves_is_refused(what: str, value: Any):
+    """Each as the errors that the caller makes StoreCorrupt of, before anything is taken over."""
+    (left,), _ = members(COURSES[1:])
+    run_loop([left], Softmax(members(COURSES[1:])[1]), lambda event: None)  # type: ignore[arg-type]
+    tensors, plain = left.state()
+    tensors, plain = {k: v.clone() for k, v in tensors.items()}, dict(plain)
+    (fresh,), _ = members(COURSES[1:])
+    fresh.restore(tensors, plain)
+    part: dict[str, Any] = plain if what in plain else tensors
+    assert what in part
+    part[what] = value
+    (fresh,), _ = members(COURSES[1:])
+    with pytest.raises((ValueError, LookupError, TypeError)):
+        fresh.restore(tensors, plain)

@@ -323,6 +323,27 @@ def test_a_damaged_identity_is_refused(scene: Any, tmp_path: Path):
         train(path, store=store, base=base, resume=True)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"recipe": 5}, {"recipe": {"training": 5}}, {"data": 5}, {"data": {"train": {}}}, {"base": [1]}, {"libraries": 1}],
+)
+def test_an_identity_of_other_kinds_is_refused(scene: Any, tmp_path: Path, changes: dict[str, Any]):
+    path, base, store = broken(scene, tmp_path)
+    (file,) = store.path.glob("runs/*/identity.json")
+    file.chmod(0o644)
+    told = json.loads(file.read_text())
+    (whole,) = told["learners"]
+    file.write_text(json.dumps({**told, "learners": [whole | changes]}))
+    with pytest.raises(StoreCorrupt, match="is damaged"):
+        train(path, store=store, base=base, resume=True)
+    file.write_text(json.dumps({**told, "learners": [whole, whole]}))
+    with pytest.raises(StoreCorrupt, match="is damaged"):
+        train(path, store=store, base=base, resume=True)
+    with pytest.raises(NotFound, match="no run"):  # it is not compared with what cannot be read
+        train(path, store=store, base=base, overrides=["training.seed=8"], resume=True)
+    train(path, store=store, base=base, from_scratch=True)
+
+
 def test_data_that_changes_while_it_is_trained_on_is_told(scene: Any, tmp_path: Path):
     path, base, store = broken(scene, tmp_path)
     file, seen = path.parent / "train.jsonl", []
