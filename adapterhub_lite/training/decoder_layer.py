@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .buffers import Buffers
-from .decoder_lora import Changes, Tokens, Tools
+from .decoder_changes import Changes
+from .decoder_lora import Tokens, Tools
 from .decoder_ops import AttentionShape, Parts, TorchOps
 from .decoder_parts import DecoderParts, LayerParts
 

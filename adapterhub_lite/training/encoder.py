@@ -20,7 +20,8 @@ from ..kernels.training_attention import LARGEST_DIM
 from ..tasks.task import IGNORED
 from .buffers import Buffers
 from .computation import Learner, Row, Settings, Sums
-from .decoder_lora import Changes, Tokens, Tools
+from .decoder_changes import Changes
+from .decoder_lora import Tokens, Tools
 from .encoder_layer import PLACES, Layer, Scene
 from .encoder_native import NativeEncoderOps
 from .encoder_ops import Drop, EncoderOps, Rows

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from .buffers import Buffers
-from .decoder_lora import Changes, Tokens, Tools
+from .decoder_changes import Changes
+from .decoder_lora import Tokens, Tools
 from .decoder_ops import Parts
 from .encoder_ops import Drop, EncoderOps, Heads, Norm, Rows
 from .encoder_parts import EncoderParts, LayerParts

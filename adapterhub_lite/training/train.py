@@ -120,6 +120,8 @@ def train_adapters(
         if checkpoints is not None:
             _restore(members, checkpoints, on_event)
         computation = make_computation(base, learners, settings or Settings())
+        if note := getattr(computation, "note", ""):
+            on_event(Note(note, "warning"))
         if apart:
             computation = Apart(computation)
         run_loop(members, computation, on_event, checkpoints, wish or (lambda: own.number), referee)
