@@ -32,7 +32,7 @@ class Counted:
     """A capture, and how often it was asked for one."""
 
     def __init__(self, capture: Capture) -> None:
-        self.name, self.count, self._capture = capture.name, 0, capture
+        self.name, self.slow, self.count, self._capture = capture.name, capture.slow, 0, capture
 
     def __call__(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """See `Capture`."""

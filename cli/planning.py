@@ -41,7 +41,7 @@ def _learning(one: Learning) -> list[object]:
 def _steps(plan: Plan) -> str:
     each = plan.packs / max(plan.steps, 1)
     told = f"{plan.steps:,}, in {counted(plan.packs, 'packs')} ({each:.1f} a step); {plan.tokens:,} tokens"
-    return told if plan.computed == plan.tokens else f"{told}, of which {plan.computed:,} are computed"
+    return told if plan.computed == plan.tokens else f"{told}, {plan.computed:,} computed (shared, padded)"
 
 
 def _memory(plan: Plan) -> str:

@@ -3,7 +3,8 @@
 On CUDA bitsandbytes' own kernels run. On CPU its 4-bit layer repacks the weights at the first evaluation forward and
 the packed path has no backward, and its 8-bit layer rounds activations as well; both are replaced by one exact path:
 dequantise, multiply, and for the backward dequantise again. Where memory allows, the dequantised weight is kept
-(a "working copy"), which changes the speed and not one bit of the result.
+(a "working copy"), which changes the speed and no bit of an answer; gradients of layers that read one input are then
+formed by one product, which rounds otherwise.
 """
 
 from __future__ import annotations

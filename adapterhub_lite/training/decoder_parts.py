@@ -217,7 +217,7 @@ def not_covered(base: Base, learners: Sequence[Learner]) -> str | None:
             if any(site.module not in known for site in learner.trainable.sites.values()):
                 return "an adapter changes modules outside the decoder's layers"
         elif not isinstance(learner.trainable, TrainablePrefix):
-            return f"{type(learner.trainable).__name__} is computed by PEFT's own layers"
+            return "its method is computed by PEFT's own layers"
         if learner.head is not None or learner.task_type != "CAUSAL_LM":
             return "an adapter trains a head of its own"
     return None

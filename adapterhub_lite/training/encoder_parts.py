@@ -15,7 +15,7 @@ from ..bases.quantization import is_quantized
 from .computation import Learner
 from .decoder_parts import DTYPES, Frozen
 from .encoder_ops import Norm, gelu_of
-from .trainable import TrainableLora
+from .trainable import TrainableLora, TrainablePrefix
 
 # Families whose position ids begin after the padding token's id; the others' begin at 0.
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
@@ -139,7 +139,8 @@ def not_covered(base: Base, learners: Sequence[Learner]) -> str | None:
     known = {module for group in parts.groups for module in group.modules}
     for learner in learners:
         if not isinstance(learner.trainable, TrainableLora):
-            return f"{type(learner.trainable).__name__} is no change of layers"
+            prefix = isinstance(learner.trainable, TrainablePrefix)
+            return "a prefix is no change of layers" if prefix else "its method is computed by PEFT's own layers"
         if any(site.module not in known for site in learner.trainable.sites.values()):
             return "an adapter changes modules outside the encoder's layers"
         if learner.head is None:

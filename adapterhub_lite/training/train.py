@@ -117,6 +117,8 @@ def train_adapters(
     """
     with Wish() as own, base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model):
         learners, members = new_members(assignments, base)
+        for member in members:
+            _tell_short(member, on_event)
         if checkpoints is not None:
             _restore(members, checkpoints, on_event)
         computation = make_computation(base, learners, settings or Settings())
@@ -152,6 +154,14 @@ def _learner(assignment: Assignment, base: Base) -> Learner:
     if assignment.start is not None:
         start_from(made, assignment.start, base.view(task_type).head_name)
     return made
+
+
+def _tell_short(member: Member, on_event: Listener) -> None:
+    """Say where epochs end a run before the steps that were asked for: elsewhere `max_steps` means exactly so many."""
+    wanted, total = member.config.max_steps, member.order.total
+    if wanted is not None and total < wanted:
+        epochs = f"{member.config.epochs:g} epochs"
+        on_event(Note(f"{epochs} end after {total} steps: max_steps {wanted} is not reached; raise training.epochs"))
 
 
 def _restore(members: Sequence[Member], checkpoints: Checkpoints, on_event: Listener) -> None:

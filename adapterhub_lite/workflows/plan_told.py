@@ -9,6 +9,7 @@ from ..bases.devices import Choice
 from ..bases.load import Base
 from ..errors import CapacityError
 from ..recipe import LoraAdapter
+from ..recipe.options import PeftAdapter
 from ..recipe.training import AUTO
 from ..training.batches import Order
 from ..training.calibrate import Calibration
@@ -74,7 +75,7 @@ def line(made: Plan) -> str:
 
 def _learning(one: Assignment, trained: int) -> Learning:
     recipe, config = one.recipe, one.recipe.training
-    kind: str = recipe.adapter.type
+    kind: str = recipe.adapter.method.lower() if isinstance(recipe.adapter, PeftAdapter) else recipe.adapter.type
     kind += f" of rank {recipe.adapter.rank}" if isinstance(recipe.adapter, LoraAdapter) else ""
     return Learning(
         recipe.name, kind, len(one.train), Order(config, one.train).total, config.batch_size,

@@ -13,7 +13,9 @@ from benchmarks import runtime, runtime_encoder
 FIGURES = {
     "switch among 8 residents": ">= 200 x",
     "load to first logits": ">= 20 x",
-    "load 3 / 1 adapters": "<= 3.45 x",
+    "load 3 / 1 adapters, the first time": "<= 3.45 x",
+    "load 3 / 1 adapters, in memory used before": "<= 3.45 x",
+    "the machine's new memory for 3 / 1": "",
     "switch among 4 residents": "<= 1.2 x",
     "base alone, 1 rows x 3 tokens (1 of 1 texts equal)": ">= 1.5 x",
     "base alone, 4 rows x 3 tokens (4 of 4 texts equal)": ">= 1.5 x",
@@ -46,6 +48,7 @@ def test_the_quick_form_measures_everything_against_its_peer(
     assert swaps["what"].startswith("6 swaps among ranks 1 to 64")
     assert swaps["figure"] == 0
     assert swaps["goal"] == "none after"
+    assert swaps["told"].endswith("at first, 0 after"), "nothing failed"
     assert [row["skipped"] for row in decoding if not row["ours"]] in ([], ["no CUDA device"] * 4)
     assert {row["what"].partition(":")[0]: row["goal"] for row in rows} == FIGURES
     for row in rows:

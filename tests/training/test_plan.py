@@ -161,13 +161,13 @@ def test_probes_are_small_large_long_and_dear() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1.5g", 1_500_000_000), ("700", 700), (12, 12), ("2kb", 2000)],
+    [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1.5g", 1_500_000_000), (12, 12), ("2kb", 2000)],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "8XB", "-1GB", "0", 0, "8 8GB", "1e9", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "700", "8XB", "-1GB", "0", 0, "8 8GB", "1e9", "nan"])
 def test_what_is_no_size(text: str | int) -> None:
     with pytest.raises(Unsupported, match="is not a size"):
         parse_size(text)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub_lite.errors import AdapterHubError, DataError, NoEffect, TrainingFailed, Unsupported
-from adapterhub_lite.events import Evaluated, Step
+from adapterhub_lite.events import Evaluated, Note, Step
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
 from adapterhub_lite.tasks.task import IGNORED, Example
@@ -316,3 +316,12 @@ class TestFailures:
         path = recipes.write(tmp_path, base, {**LORA, "targets": ["q_proj", "c_attn"]})
         with pytest.raises(Unsupported, match=r"c_attn.*down_proj"):
             train(path, store=Store(), base=base)
+
+
+def test_epochs_that_end_before_max_steps_are_told(tmp_path: Path, tiny_base):
+    base = tiny_base("llama")
+    told: list[str] = []
+    for steps in (2, 9):
+        made = recipes.load(tmp_path, base, LORA, {"batch_size": 4, "max_steps": steps})
+        train_adapter(made, base, CAUSAL, on_event=lambda e: told.append(e.text) if isinstance(e, Note) else None)
+    assert told == ["1 epochs end after 3 steps: max_steps 9 is not reached; raise training.epochs"]
