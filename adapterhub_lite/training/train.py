@@ -161,7 +161,7 @@ def _tell_short(member: Member, on_event: Listener) -> None:
     wanted, total = member.config.max_steps, member.order.total
     if wanted is not None and total < wanted:
         epochs = f"{member.config.epochs:g} epochs"
-        on_event(Note(f"{epochs} end after {total} steps: max_steps {wanted} is not reached; raise training.epochs"))
+        on_event(Note(f"The epochs end after {total} steps: max_steps {wanted} is not reached; raise training.epochs"))
 
 
 def _restore(members: Sequence[Member], checkpoints: Checkpoints, on_event: Listener) -> None:

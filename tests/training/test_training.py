@@ -324,4 +324,4 @@ def test_epochs_that_end_before_max_steps_are_told(tmp_path: Path, tiny_base):
     for steps in (2, 9):
         made = recipes.load(tmp_path, base, LORA, {"batch_size": 4, "max_steps": steps})
         train_adapter(made, base, CAUSAL, on_event=lambda e: told.append(e.text) if isinstance(e, Note) else None)
-    assert told == ["1 epochs end after 3 steps: max_steps 9 is not reached; raise training.epochs"]
+    assert told == ["The epochs end after 3 steps: max_steps 9 is not reached; raise training.epochs"]
