@@ -160,7 +160,6 @@ def _tell_short(member: Member, on_event: Listener) -> None:
     """Say where epochs end a run before the steps that were asked for: elsewhere `max_steps` means exactly so many."""
     wanted, total = member.config.max_steps, member.order.total
     if wanted is not None and total < wanted:
-        epochs = f"{member.config.epochs:g} epochs"
         on_event(Note(f"The epochs end after {total} steps: max_steps {wanted} is not reached; raise training.epochs"))
 
 
