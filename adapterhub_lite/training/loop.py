@@ -118,12 +118,15 @@ def _evaluate(member: Member, computation: Computation, wish: Callable[[], int])
     return whole
 
 
-def failed(member: Member) -> TrainingFailed:
-    """What to raise for a member that diverged. Going on from a checkpoint would do the same again."""
+def failed(member: Member, kept: bool) -> TrainingFailed:
+    """What to raise for a member that diverged. Going on from a checkpoint helps only where the machine erred."""
+    note = (
+        f" If the machine erred, `ahl train --resume` goes on from step {member.step}, which is kept." if kept else ""
+    )
     return TrainingFailed(
         member.failure,
         f"Lower training.learning_rate ({member.config.learning_rate:g}) or add training.warmup, and start again "
-        "(--from-scratch). Nothing was published.",
+        "(--from-scratch). Nothing was published." + note,
     )
 
 

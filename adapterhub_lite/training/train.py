@@ -127,8 +127,9 @@ def train_adapters(
         if apart:
             computation = Apart(computation)
         run_loop(members, computation, on_event, checkpoints, wish or (lambda: own.number), referee)
+    kept = checkpoints is not None
     return [
-        failed(member) if member.status == FAILED else _trained(member, learner, one, base)
+        failed(member, kept) if member.status == FAILED else _trained(member, learner, one, base)
         for member, learner, one in zip(members, learners, assignments, strict=True)
     ]
 

@@ -222,6 +222,7 @@ def test_a_peak_is_seen_though_it_is_gone(kernel: bool, tmp_path: Path) -> None:
                 block.add_(1)
         del block
     assert 35e6 < peak.bytes - before < 120e6
+    settle(CPU)  # the allocator may have kept the block
     with Peak(CPU, **more) as later:
         pass
     assert later.bytes < peak.bytes

@@ -452,7 +452,7 @@ def test_what_diverged_can_be_gone_on_with_and_is_kept(scene: Any, tmp_path: Pat
     monkeypatch.setattr(training, "make_computation", faulty)
     store = Store(tmp_path)
     with pytest.raises(
-        TrainingFailed, match=r"(?s)nan.* at step 4.*learning rate.*lines .*up to step 3 is kept"
+        TrainingFailed, match=r"(?s)nan.* at step 4.*learning rate.*lines .*goes on from step 3, which is kept"
     ) as caught:
         train(path, store=store, base=base)
     assert "ahl train --resume" in str(caught.value)

@@ -279,7 +279,7 @@ class TestFailures:
         path = recipes.write(tmp_path, base, LORA)
         with monkeypatch.context() as patch:
             patch.setattr("adapterhub_lite.training.train.make_computation", lambda *_: NoMemory())
-            with pytest.raises(TrainingFailed, match=r"batch_size 4.*gradient_accumulation"):
+            with pytest.raises(TrainingFailed, match=r"batch_size 4.*pack_tokens"):
                 train(path, store=store, base=base)
         assert store.names() == []
 

@@ -109,7 +109,8 @@ def test_what_the_cards_say(shelf: Shelf) -> None:
     assert set(found.data[0].a or {}) == {"source", "sha256", "rows"}
     paths = {change.path: (change.a, change.b) for change in found.made}
     assert paths["adapter.rank"] == (2, 3)
-    assert set(paths) == {"adapter.rank", "adapter.parameters", "adapter.bytes", "duration_seconds"}
+    # Runs this short can take the same milliseconds.
+    assert set(paths) - {"duration_seconds"} == {"adapter.rank", "adapter.parameters", "adapter.bytes"}
 
 
 def test_metrics_side_by_side(shelf: Shelf) -> None:
