@@ -133,7 +133,7 @@ def load_base(
         quantize: none, int8 or nf4.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16, for activations and weights that are not quantised.
-        working_copies: on a CPU, keep dequantised weights (faster, same bits); None: if memory allows.
+        working_copies: on a CPU, keep dequantised weights (faster, answers of the same bits); None: if memory allows.
 
     Raises:
         BaseUnavailable: no source has it, or the checkpoint is incomplete, remote code or pickle.

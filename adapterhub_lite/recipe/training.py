@@ -96,7 +96,7 @@ class TrainingConfig:
     checkpointing: bool | str = fields.section(_read_switch, AUTO)
     """Keep each layer's input alone, and compute the rest again: less memory, a third more time."""
     working_copies: bool | str = fields.section(_read_switch, AUTO)
-    """Keep the weights of a quantised base on a CPU dequantised as well: more memory, less time, the same bits."""
+    """Keep the weights of a quantised base on a CPU dequantised as well: more memory, less time."""
 
     @property
     def checkpoint_steps(self) -> int | None:
