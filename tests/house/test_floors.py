@@ -18,8 +18,8 @@ FLOORS = (
     ("store",),
     ("kernels",),
     ("bases", "adapters", "tasks"),
-    ("training", "runtime", "merging"),
-    ("evaluation",),
+    ("training", "runtime", "merging", "combining"),
+    ("evaluation", "exporting"),
     ("workflows",),
     ("cli",),
 )
