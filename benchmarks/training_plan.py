@@ -131,9 +131,9 @@ def _planned(plans: Sequence[Any], base: Any, folder: Path) -> dict[str, float]:
 def _trained(plans: Sequence[Any], base: Any, folder: Path) -> dict[str, float]:
     from adapterhub_lite.events import ignore
     from adapterhub_lite.store import Store
-    from adapterhub_lite.training.calibrate import read_weights
-    from adapterhub_lite.training.checkpoint import Checkpoints
-    from adapterhub_lite.training.room import Peak, held, settle
+    from adapterhub_lite.training.planning.calibrate import read_weights
+    from adapterhub_lite.training.planning.room import Peak, held, settle
+    from adapterhub_lite.training.runs.checkpoint import Checkpoints
     from adapterhub_lite.training.train import train_adapters
     from adapterhub_lite.workflows.plan import _first
     from adapterhub_lite.workflows.train import _assignment, _jobs

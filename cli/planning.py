@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .render import Column, counted, fields, printable, seconds, size, table
 
 if TYPE_CHECKING:
-    from ..training.plan import Learning, Plan
+    from ..training.planning.plan import Learning, Plan
 
 _ORDER = ("computation", "device", "dtype", "pack_tokens", "packing", "checkpointing", "working_copies")
 

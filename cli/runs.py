@@ -54,7 +54,7 @@ def _lines(found: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 def _runs(store: Store, given: Path | None) -> list[dict[str, Any]]:
-    from ..training.run_folders import checkpoints, run_folders, steps_done
+    from ..training.runs.folders import checkpoints, run_folders, steps_done
 
     found = []
     for folder in run_folders(store.path):
@@ -80,7 +80,7 @@ def _runs(store: Store, given: Path | None) -> list[dict[str, Any]]:
 
 def _learners(folder: Path) -> list[dict[str, Any]]:
     """What each learner was begun with; nothing where that is damaged."""
-    from ..training.run_folders import read_identity
+    from ..training.runs.folders import read_identity
 
     with suppress(AdapterHubError, OSError, LookupError, TypeError):
         return [one for one in read_identity(folder)["learners"] if isinstance(one, dict)]
@@ -88,7 +88,7 @@ def _learners(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_running(folder: Path) -> bool:
-    from ..training.run_folders import LOCK, held
+    from ..training.runs.folders import LOCK, held
 
     try:
         number = held(folder / LOCK)

@@ -121,7 +121,8 @@ def make_computation(base: Base, learners: Sequence[Learner], settings: Settings
 
 def _declined(kind: str, base: Base, learner: Learner) -> str | None:
     """Why a kind of computation does not cover this learner; None where it does."""
-    from . import decoder_parts, encoder_parts
+    from .decoder import parts as decoder_parts
+    from .encoder import parts as encoder_parts
 
     if kind == "decoder":
         return decoder_parts.not_covered(base, [learner])
@@ -129,19 +130,19 @@ def _declined(kind: str, base: Base, learner: Learner) -> str | None:
 
 
 def _decoder(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
-    from .decoder import FusedDecoder
+    from .decoder.fused import FusedDecoder
 
     return FusedDecoder(base, learners, settings)
 
 
 def _encoder(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
-    from .encoder import FusedEncoder
+    from .encoder.fused import FusedEncoder
 
     return FusedEncoder(base, learners, settings)
 
 
 def _modules(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
-    from .modules import ModuleComputation
+    from .modules.computation import ModuleComputation
 
     made = ModuleComputation(base, learners, settings)
     made.why = _declined("encoder" if base.kind == "encoder" else "decoder", base, learners[0]) or made.why

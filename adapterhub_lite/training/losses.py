@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .buffers import Buffers
-    from .decoder_ops import Ops
+    from .decoder.ops import Ops
+    from .memory.buffers import Buffers
 
 # 128 rows of a 50,000-word vocabulary are 25 MB, which an allocator still keeps for reuse.
 CHUNK = 128

@@ -23,11 +23,11 @@ from ..recipe.options import PeftAdapter
 from ..recipe.schema import LoraAdapter, PrefixAdapter, Recipe, TagTask
 from ..tasks.task import Example
 from .apart import Apart
-from .checkpoint import Checkpoints
 from .computation import Learner, Settings, make_computation
 from .frozen import unchanged
 from .loop import Referee, failed, run_loop
 from .member import FAILED, Course, History, Member
+from .runs.checkpoint import Checkpoints
 from .signals import Wish
 from .start import start_from
 from .trainable import Trainable, TrainableLora, TrainablePrefix

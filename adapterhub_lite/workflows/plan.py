@@ -17,8 +17,8 @@ from ..recipe import FileData, Recipe, recipe_dict
 from ..recipe.training import AUTO
 from ..store import Store
 from ..training.batches import Order
-from ..training.calibrate import TooLarge, calibrate, copies_dropped, drop_copies
-from ..training.plan import (
+from ..training.planning.calibrate import TooLarge, calibrate, copies_dropped, drop_copies
+from ..training.planning.plan import (
     Plan,
     Setup,
     fits,
@@ -26,7 +26,7 @@ from ..training.plan import (
     memory_of,
     parse_size,
 )
-from ..training.room import room, settle
+from ..training.planning.room import room, settle
 from ..training.train import Assignment
 from .plan_told import Tried, copies_there, line, longest_row, plan_of, refusal
 

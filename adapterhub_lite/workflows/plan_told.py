@@ -12,9 +12,9 @@ from ..recipe import LoraAdapter
 from ..recipe.options import PeftAdapter
 from ..recipe.training import AUTO
 from ..training.batches import Order
-from ..training.calibrate import Calibration
-from ..training.plan import Learning, Memory, Plan, Setup, bytes_text, memory_of, time_of
-from ..training.room import held, room
+from ..training.planning.calibrate import Calibration
+from ..training.planning.plan import Learning, Memory, Plan, Setup, bytes_text, memory_of, time_of
+from ..training.planning.room import held, room
 from ..training.train import Assignment
 
 _NF4_BYTES = 0.5 + 4 / 64  # of a weight, with its share of a block's scale

@@ -15,12 +15,12 @@ from ..names import Ref
 from ..recipe import Recipe, recipe_dict
 from ..store import Store
 from ..tasks.registry import make_task
-from ..training.checkpoint import Checkpoints, State
 from ..training.computation import Settings, make_computation
 from ..training.frozen import unchanged
 from ..training.loop import Referee
 from ..training.member import History, Member
-from ..training.runs import Run
+from ..training.runs.checkpoint import Checkpoints, State
+from ..training.runs.run import Run
 from ..training.train import Assignment, Trained, new_members, train_adapters
 from .plan import chosen_setup, kept_setup, wanted_copies
 from .search_journal import Search

@@ -2,7 +2,7 @@
 
     <store>/runs/<kind>-<name>-<digest>/journal.jsonl   the search, then a line for each trial
                                         lock            held (flock) by the process that searches
-                                        runs/           the group that is trained now (training/runs.py)
+                                        runs/           the group that is trained now (training/runs/run.py)
                                         trials/<N>/     adapter and card of a trial of `ahl tune`
                                         results.csv, results.json, plot.png
 
@@ -23,8 +23,8 @@ from typing import Any
 from ..errors import NotFound, StoreError, TrainingFailed
 from ..formats.strict_json import dump
 from ..store.fs import FileSystem, discard, ensure_folder, new_tmp, replace_file, storing, write_file
-from ..training.run_folders import LOCK, held
-from ..training.runs import Identity, changes
+from ..training.runs.folders import LOCK, held
+from ..training.runs.run import Identity, changes
 from .search_trials import JOURNAL, Trial, read_journal
 
 TRIALS = "trials"

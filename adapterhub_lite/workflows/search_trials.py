@@ -13,7 +13,7 @@ from ..errors import AdapterHubError, FormatError, StoreCorrupt
 from ..formats.files import read_regular
 from ..formats.strict_json import parse_object
 from ..store.fs import FileSystem, discard
-from ..training.run_folders import LOCK, held
+from ..training.runs.folders import LOCK, held
 
 JOURNAL = "journal.jsonl"
 KINDS = ("sweep", "tune")

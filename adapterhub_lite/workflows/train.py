@@ -25,7 +25,7 @@ from ..tasks.registry import make_task
 from ..tasks.rows import Rows, read_hub, read_jsonl
 from ..tasks.tag import Tag
 from ..tasks.task import Task
-from ..training.runs import Identity, Run, data_identity
+from ..training.runs.run import Identity, Run, data_identity
 from ..training.train import Assignment, Trained, train_adapters
 from .plan import chosen_setup, kept_setup, wanted_copies
 from .publish import Origin, publish

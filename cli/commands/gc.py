@@ -16,7 +16,7 @@ from ..render import counted, emit, printable, say, size
 
 if TYPE_CHECKING:
     from ...store import Leftover, Store, Swept
-    from ...training.run_folders import BrokenOff
+    from ...training.runs.folders import BrokenOff
     from ...workflows.search_trials import Kept
 
 app = new_app()
@@ -104,7 +104,7 @@ def _searches(store: Store, remove: bool) -> list[Kept]:
 
 def _runs(store: Store, remove: bool) -> list[BrokenOff]:
     """The training runs that were broken off; those that are gone now, if they are to be removed."""
-    from ...training.run_folders import broken_off, remove_run
+    from ...training.runs.folders import broken_off, remove_run
 
     found = broken_off(store.path)
     return [one for one in found if remove_run(one.folder)] if remove else found

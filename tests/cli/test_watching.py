@@ -23,7 +23,7 @@ from adapterhub_lite.errors import TrainingInterrupted, Unsupported
 from adapterhub_lite.events import Evaluated, Event, Note, Stage, Step
 from adapterhub_lite.recipe import load_recipe
 from adapterhub_lite.store import Store
-from adapterhub_lite.training.run_folders import LOCK, held, run_folders
+from adapterhub_lite.training.runs.folders import LOCK, held, run_folders
 from adapterhub_lite.workflows.train import train, train_together
 from tests.cli.conftest import Shop, ahl, told
 

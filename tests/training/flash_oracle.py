@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from adapterhub_lite.training.decoder_cuda import Call, CudaOps
-from adapterhub_lite.training.decoder_ops import AttentionShape, Parts
+from adapterhub_lite.training.decoder.cuda import Call, CudaOps
+from adapterhub_lite.training.decoder.ops import AttentionShape, Parts
 
 
 def oracle() -> CudaOps:

@@ -17,10 +17,10 @@ from adapterhub_lite.events import Note
 from adapterhub_lite.formats.strict_json import dump
 from adapterhub_lite.recipe import EarlyStopping
 from adapterhub_lite.store.fs import FileSystem
-from adapterhub_lite.training.checkpoint import Checkpoints, State, read_checkpoint, write_checkpoint
 from adapterhub_lite.training.loop import run_loop
 from adapterhub_lite.training.member import Course
-from adapterhub_lite.training.run_folders import checkpoints
+from adapterhub_lite.training.runs.checkpoint import Checkpoints, State, read_checkpoint, write_checkpoint
+from adapterhub_lite.training.runs.folders import checkpoints
 from tests.store.faulty import Crash, Failing, Recording, Unsynced
 from tests.store.power_loss import Disk, write_tree
 from tests.training.standin import Softmax, config, examples, members

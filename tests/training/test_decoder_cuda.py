@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from adapterhub_lite.bases.quantization import dense_weight
-from adapterhub_lite.training import buffers as buffers_module
-from adapterhub_lite.training import decoder_cuda, decoder_parts, offload, scratch
-from adapterhub_lite.training.buffers import Buffers
 from adapterhub_lite.training.computation import Settings
-from adapterhub_lite.training.decoder import FusedDecoder
-from adapterhub_lite.training.decoder_cuda import CudaOps, cuda_ops, unlike
-from adapterhub_lite.training.decoder_ops import AttentionShape, TorchOps
-from adapterhub_lite.training.decoder_parts import not_covered, parts_of
+from adapterhub_lite.training.decoder import cuda as decoder_cuda
+from adapterhub_lite.training.decoder import parts as decoder_parts
+from adapterhub_lite.training.decoder.cuda import CudaOps, cuda_ops, unlike
+from adapterhub_lite.training.decoder.fused import FusedDecoder
+from adapterhub_lite.training.decoder.ops import AttentionShape, TorchOps
+from adapterhub_lite.training.decoder.parts import not_covered, parts_of
+from adapterhub_lite.training.memory import buffers as buffers_module
+from adapterhub_lite.training.memory import offload, scratch
+from adapterhub_lite.training.memory.buffers import Buffers
 from tests.training import decoder_cases as cases
 from tests.training.decoder_cases import EXAMPLES, Peer, rows_of
 from tests.training.flash_oracle import backward, forward, oracle

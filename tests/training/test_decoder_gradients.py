@@ -12,8 +12,8 @@ import torch
 from adapterhub_lite.bases.fused import fuse
 from adapterhub_lite.tasks.task import IGNORED, Example
 from adapterhub_lite.training.computation import Settings, make_computation
-from adapterhub_lite.training.decoder import FusedDecoder
-from adapterhub_lite.training.decoder_parts import not_covered, parts_of
+from adapterhub_lite.training.decoder.fused import FusedDecoder
+from adapterhub_lite.training.decoder.parts import not_covered, parts_of
 from tests.training import decoder_cases as cases
 from tests.training.decoder_cases import EXAMPLES, Peer, rows_of
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from adapterhub_lite.kernels import training as native
 from adapterhub_lite.training import losses
-from adapterhub_lite.training.buffers import Buffers
-from adapterhub_lite.training.decoder_native import NativeOps
-from adapterhub_lite.training.decoder_ops import AttentionShape, Ops, TorchOps
+from adapterhub_lite.training.decoder.native import NativeOps
+from adapterhub_lite.training.decoder.ops import AttentionShape, Ops, TorchOps
 from adapterhub_lite.training.dropout import keep_mask
+from adapterhub_lite.training.memory.buffers import Buffers
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no native library")
 

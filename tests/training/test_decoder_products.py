@@ -10,8 +10,8 @@ import torch
 
 from adapterhub_lite.kernels.products import available
 from adapterhub_lite.tasks.task import Example
-from adapterhub_lite.training import decoder_parts
 from adapterhub_lite.training.computation import Row, Settings, make_computation
+from adapterhub_lite.training.decoder import parts as decoder_parts
 from tests.training import decoder_cases as cases
 from tests.training.decoder_cases import EXAMPLES, Peer, rows_of
 

@@ -14,15 +14,16 @@ from adapterhub_lite.bases.load import Base, load_base
 from adapterhub_lite.errors import CapacityError
 from adapterhub_lite.kernels.training import available
 from adapterhub_lite.tasks.task import IGNORED, Example
-from adapterhub_lite.training import encoder, encoder_parts
 from adapterhub_lite.training.computation import Computation, Learner, Row, Settings, make_computation
-from adapterhub_lite.training.encoder import FusedEncoder
-from adapterhub_lite.training.encoder_layer import PLACES
-from adapterhub_lite.training.encoder_native import NativeEncoderOps
-from adapterhub_lite.training.encoder_ops import EncoderOps, Heads, Rows
-from adapterhub_lite.training.modules import ModuleComputation
-from adapterhub_lite.training.modules_dropout import Dropping
-from adapterhub_lite.training.modules_lines import Run, lines_of
+from adapterhub_lite.training.encoder import fused as encoder
+from adapterhub_lite.training.encoder import parts as encoder_parts
+from adapterhub_lite.training.encoder.fused import FusedEncoder
+from adapterhub_lite.training.encoder.layer import PLACES
+from adapterhub_lite.training.encoder.native import NativeEncoderOps
+from adapterhub_lite.training.encoder.ops import EncoderOps, Heads, Rows
+from adapterhub_lite.training.modules.computation import ModuleComputation
+from adapterhub_lite.training.modules.dropout import Dropping
+from adapterhub_lite.training.modules.lines import Run, lines_of
 from adapterhub_lite.training.packs import Piece
 from tests.training import models
 from tests.training.build import DROPLESS, EXAMPLES, Twin, assert_gradients_equal, peft_gradients, precision

@@ -12,11 +12,11 @@ import torch
 from adapterhub_lite.bases.load import Base
 from adapterhub_lite.kernels.encoder import has_encoder
 from adapterhub_lite.tasks.task import IGNORED, Example
-from adapterhub_lite.training import encoder_whole
 from adapterhub_lite.training.computation import Learner, Row, Settings
-from adapterhub_lite.training.encoder import FusedEncoder
-from adapterhub_lite.training.encoder_ops import EncoderOps
-from adapterhub_lite.training.encoder_parts import not_covered
+from adapterhub_lite.training.encoder import whole as encoder_whole
+from adapterhub_lite.training.encoder.fused import FusedEncoder
+from adapterhub_lite.training.encoder.ops import EncoderOps
+from adapterhub_lite.training.encoder.parts import not_covered
 from tests.training.test_encoder_gradients import tagger
 from tests.training.test_modules_gradients import assert_same, grads, learner, load
 

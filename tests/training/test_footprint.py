@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from adapterhub_lite.training.computation import Settings
-from adapterhub_lite.training.decoder import FusedDecoder
-from adapterhub_lite.training.decoder_ops import TorchOps
-from adapterhub_lite.training.decoder_parts import not_covered, parts_of
-from adapterhub_lite.training.footprint import Counter, Footprint, Lora, Plan, Shape, footprint
+from adapterhub_lite.training.decoder.fused import FusedDecoder
+from adapterhub_lite.training.decoder.ops import TorchOps
+from adapterhub_lite.training.decoder.parts import not_covered, parts_of
+from adapterhub_lite.training.planning.footprint import Counter, Footprint, Lora, Plan, Shape, footprint
 from tests.training import decoder_cases as cases
 from tests.training.decoder_cases import Peer, rows_of
 from tests.training.flash_oracle import oracle

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from adapterhub_lite.bases.load import load_base
 from adapterhub_lite.tasks.task import IGNORED, Example
 from adapterhub_lite.training import losses
-from adapterhub_lite.training.modules import ModuleComputation
+from adapterhub_lite.training.modules.computation import ModuleComputation
 from tests import peers, tiny
 from tests.training.build import EXAMPLES, Twin, assert_gradients_equal, peft_gradients, precision
 

@@ -18,10 +18,10 @@ from adapterhub_lite.formats.peft_config import LoraSpec
 from adapterhub_lite.tasks.task import IGNORED, Example
 from adapterhub_lite.training.computation import Learner, Row, Settings
 from adapterhub_lite.training.dropout import keep_mask
-from adapterhub_lite.training.modules import ModuleComputation
-from adapterhub_lite.training.modules_dropout import Dropping
-from adapterhub_lite.training.modules_lines import Run, lines_of
-from adapterhub_lite.training.modules_sites import FIRST_SITE
+from adapterhub_lite.training.modules.computation import ModuleComputation
+from adapterhub_lite.training.modules.dropout import Dropping
+from adapterhub_lite.training.modules.lines import Run, lines_of
+from adapterhub_lite.training.modules.sites import FIRST_SITE
 from adapterhub_lite.training.packs import Piece
 from adapterhub_lite.training.trainable import TrainableLora
 from tests import peers

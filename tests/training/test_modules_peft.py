@@ -18,7 +18,7 @@ from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
 from adapterhub_lite.tasks.task import IGNORED
 from adapterhub_lite.training.computation import Learner, Row, Settings
-from adapterhub_lite.training.modules import ModuleComputation
+from adapterhub_lite.training.modules.computation import ModuleComputation
 from adapterhub_lite.training.train import Trained, train_adapter
 from adapterhub_lite.training.trainable_peft import TrainablePeft, peft_sites
 from adapterhub_lite.workflows.train import train

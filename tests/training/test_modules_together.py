@@ -14,8 +14,8 @@ from adapterhub_lite.adapters.prefix import prefix_shape
 from adapterhub_lite.formats.peft_config import PrefixSpec
 from adapterhub_lite.tasks.task import IGNORED, Example
 from adapterhub_lite.training.computation import Learner, Row, Settings
-from adapterhub_lite.training.modules import ModuleComputation
-from adapterhub_lite.training.modules_lines import Run, Strange
+from adapterhub_lite.training.modules.computation import ModuleComputation
+from adapterhub_lite.training.modules.lines import Run, Strange
 from adapterhub_lite.training.trainable import TrainablePrefix
 from tests.training.build import DROPLESS, precision
 from tests.training.test_modules_gradients import assert_same, grads, learner, load, rows_of

@@ -12,11 +12,20 @@ import torch
 
 from adapterhub_lite.errors import Unsupported
 from adapterhub_lite.recipe import TrainingConfig
-from adapterhub_lite.training.calibrate import Calibration, Sample, drawn_on, probes
-from adapterhub_lite.training.costs import Costs, fit_costs
-from adapterhub_lite.training.loads import Load, Stride, Work
-from adapterhub_lite.training.plan import Memory, Setup, bytes_text, fits, ladder, memory_of, parse_size, time_of
-from adapterhub_lite.training.room import Peak, held, room, settle
+from adapterhub_lite.training.planning.calibrate import Calibration, Sample, drawn_on, probes
+from adapterhub_lite.training.planning.costs import Costs, fit_costs
+from adapterhub_lite.training.planning.loads import Load, Stride, Work
+from adapterhub_lite.training.planning.plan import (
+    Memory,
+    Setup,
+    bytes_text,
+    fits,
+    ladder,
+    memory_of,
+    parse_size,
+    time_of,
+)
+from adapterhub_lite.training.planning.room import Peak, held, room, settle
 
 CPU = torch.device("cpu")
 TRUE = Costs(0.01, 2e-4, 3e-7, 5e-5)

@@ -19,9 +19,9 @@ from adapterhub_lite.events import Event, Note, Step
 from adapterhub_lite.recipe import load_recipe, recipe_dict
 from adapterhub_lite.store import Store
 from adapterhub_lite.training import train as training
-from adapterhub_lite.training.calibrate import Calibration, TooLarge, calibrate
-from adapterhub_lite.training.plan import Plan, Setup
-from adapterhub_lite.training.run_folders import read_identity, run_folders
+from adapterhub_lite.training.planning.calibrate import Calibration, TooLarge, calibrate
+from adapterhub_lite.training.planning.plan import Plan, Setup
+from adapterhub_lite.training.runs.folders import read_identity, run_folders
 from adapterhub_lite.workflows import plan as planning
 from adapterhub_lite.workflows import train as workflow
 from adapterhub_lite.workflows.plan import best_plan, kept_setup, plan, wanted_copies, write_recipe
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
 ) -> None:
     base, store = tiny_base("llama"), Store(tmp_path / "store")
     monkeypatch.setattr(planning, "room", lambda device: 10)
-    monkeypatch.setattr("adapterhub_lite.training.calibrate.room", lambda device: 10)
+    monkeypatch.setattr("adapterhub_lite.training.planning.calibrate.room", lambda device: 10)
     events: list[Event] = []
     with pytest.raises(CapacityError, match="Training tiny takes"):
         train(recipes.write(tmp_path, base, LORA), store=store, base=base, on_event=events.append)

@@ -14,11 +14,13 @@ from adapterhub_lite.bases.load import Base, load_base
 from adapterhub_lite.bases.quantization import is_quantized
 from adapterhub_lite.recipe import load_recipe
 from adapterhub_lite.store import Store
-from adapterhub_lite.training import calibrate as dry
-from adapterhub_lite.training import decoder, encoder, modules
-from adapterhub_lite.training.calibrate import TooLarge, calibrate, copies_dropped
 from adapterhub_lite.training.computation import Settings, make_computation
-from adapterhub_lite.training.loads import evaluated_after, loads, rows_of, work_of
+from adapterhub_lite.training.decoder import fused as decoder
+from adapterhub_lite.training.encoder import fused as encoder
+from adapterhub_lite.training.modules import computation as modules
+from adapterhub_lite.training.planning import calibrate as dry
+from adapterhub_lite.training.planning.calibrate import TooLarge, calibrate, copies_dropped
+from adapterhub_lite.training.planning.loads import evaluated_after, loads, rows_of, work_of
 from adapterhub_lite.training.train import Assignment, Trained, new_members, train_adapters
 from adapterhub_lite.workflows.plan import best_plan
 from adapterhub_lite.workflows.train import _assignment, _jobs
@@ -129,7 +131,7 @@ def test_a_long_run_is_looked_at_here_and_there(
     learners, members = new_members(assignments, base)
     computation = make_computation(base, learners, SETTINGS)
     whole = work_of(computation, learners, SETTINGS, members)
-    monkeypatch.setattr("adapterhub_lite.training.loads._LOOKED_AT", 60)
+    monkeypatch.setattr("adapterhub_lite.training.planning.loads._LOOKED_AT", 60)
     some = work_of(computation, learners, SETTINGS, members)
     assert (len(whole.strides), whole.steps) == (280, 280)
     assert 60 <= len(some.strides) <= 62

@@ -10,8 +10,8 @@ import torch
 
 from adapterhub_lite.bases.load import DTYPES, load_base
 from adapterhub_lite.errors import TrainingFailed
-from adapterhub_lite.training.checkpoint import Checkpoints
 from adapterhub_lite.training.member import Member
+from adapterhub_lite.training.runs.checkpoint import Checkpoints
 from adapterhub_lite.training.train import Assignment, train_adapters
 from tests.training import recipes
 

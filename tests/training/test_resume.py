@@ -22,8 +22,8 @@ from adapterhub_lite.errors import NotFound, StoreCorrupt, StoreError, TrainingF
 from adapterhub_lite.events import Evaluated, Note, Step
 from adapterhub_lite.recipe import load_recipe
 from adapterhub_lite.store import Store
-from adapterhub_lite.training.run_folders import held
-from adapterhub_lite.training.runs import Identity, Run
+from adapterhub_lite.training.runs.folders import held
+from adapterhub_lite.training.runs.run import Identity, Run
 from adapterhub_lite.workflows import train as workflow
 from adapterhub_lite.workflows.train import train
 from tests.checks import assert_store_sound

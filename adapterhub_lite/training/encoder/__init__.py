@@ -1,0 +1,1 @@
+"""Encoders built as BERT is: gradients by hand, layer by layer or all layers in one native call."""

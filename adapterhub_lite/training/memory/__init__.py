@@ -1,0 +1,1 @@
+"""Where a step keeps what it needs later: buffers used again, scratch space, and the host beside a GPU."""

@@ -1,0 +1,1 @@
+"""Any other model: its own forward and autograd, with functions of ours where adapters stand."""

@@ -1,0 +1,1 @@
+"""A run on disk: what it was begun with, its checkpoints, and its folder in the store."""
