@@ -19,7 +19,7 @@ from . import training_accuracy, training_gpu, training_memory, training_plan, t
 from .common import BASE, print_head
 from .options import add_options
 from .rows import Row, skip
-from .training_cases import instruct_case
+from .training_cases import classify_case, instruct_case
 from .training_speed import Seen
 
 ENCODER = "minilm-l6"
@@ -63,6 +63,7 @@ def _rows(base: Base, sizes: Sizes, long: bool) -> Iterator[Row]:
     yield from training_together.rows(base, sizes.adapters, 2 * sizes.updates, sizes.rounds)
     yield from training_memory.rows(instruct_case(base, sizes.memory_updates))
     yield from training_speed.encoder_rows(ENCODER, sizes, seen)
+    yield from training_memory.rows(classify_case(load_base(ENCODER), sizes.classifier_updates))
     if long:
         yield from training_accuracy.rows(ENCODER)
     else:

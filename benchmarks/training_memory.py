@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .rows import Row, skip
-from .training_cases import Case, instruct_case
+from .training_cases import Case, classify_case, instruct_case
 
 PART = "memory"
 _ROOT = Path(__file__).parents[1]
@@ -53,6 +53,7 @@ def _measured(side: str, case: Case) -> dict[str, int]:
         made = {
             "side": side, "base": name, "quantize": case.base.quantization, "updates": len(case.order()),
             "device": str(case.base.device), "dtype": str(case.base.dtype).removeprefix("torch."),
+            "labels": case.labels,
         }  # fmt: skip
         start = case.export(Path(folder)) if side == "peer" else ""
         job.write_text(json.dumps({**made, "start": str(start)}))
@@ -82,7 +83,7 @@ def _ours(job: dict[str, Any]) -> int:
     from .training_sides import run_ours
 
     base = load_base(job["base"], job["quantize"])
-    case = instruct_case(base, job["updates"], quantize=job["quantize"])
+    case = _case(base, job)
     before = _settled(base.model)
     run_ours(case)
     return before
@@ -90,7 +91,7 @@ def _ours(job: dict[str, Any]) -> int:
 
 def _peer(job: dict[str, Any]) -> int:
     """Our base is not loaded here: it would set the allocator, too."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from adapterhub_lite.bases.devices import DTYPES
     from adapterhub_lite.bases.fetch import locate
@@ -100,13 +101,25 @@ def _peer(job: dict[str, Any]) -> int:
     source = locate(job["base"])
     tokenizer, device = AutoTokenizer.from_pretrained(source.folder), torch.device(job["device"])
     base: Any = SimpleNamespace(
-        name=source.name, kind="causal", source=source, quantization=job["quantize"], tokenizer=tokenizer, device=device
+        name=source.name,
+        kind="encoder" if job["labels"] else "causal",
+        source=source,
+        quantization=job["quantize"],
+        tokenizer=tokenizer,
+        config=AutoConfig.from_pretrained(source.folder),
+        device=device,
     )
-    case = instruct_case(base, job["updates"], quantize=job["quantize"])
+    case = _case(base, job)
     model = load_plain(case, DTYPES[job["dtype"]])
     before = _settled(model)
     run_trainer(case, wrap(model, Path(job["start"])), DEFAULTS)
     return before
+
+
+def _case(base: Any, job: dict[str, Any]) -> Case:
+    if job["labels"]:
+        return classify_case(base, job["updates"])
+    return instruct_case(base, job["updates"], quantize=job["quantize"])
 
 
 def _settled(model: Any) -> int:

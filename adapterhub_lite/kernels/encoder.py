@@ -27,12 +27,16 @@ SITES = 4  # of a layer: q k v, out, up, down
 
 @dataclass(frozen=True)
 class TallLinear:
-    """A frozen product in float32 for many rows: panels of 48 outputs [panels, in, 48], biases [out] or none."""
+    """A frozen product in float32 for many rows: panels of 48 outputs [panels, in, 48], biases [out] or none.
+
+    With `lies`, panels is the weight as a module has it [out, in], contiguous.
+    """
 
     panels: torch.Tensor
     bias: torch.Tensor | None
     n_in: int
     n_out: int
+    lies: bool = False
 
 
 def tall_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> TallLinear:
@@ -40,6 +44,12 @@ def tall_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> TallLinear:
     n_out, n_in = weight.shape
     whole = F.pad(weight, (0, 0, 0, -n_out % _PANEL)).view(-1, _PANEL, n_in)
     return TallLinear(whole.transpose(1, 2).contiguous(), bias, n_in, n_out)
+
+
+def lying_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> TallLinear:
+    """A weight [out, in] as it lies, without a copy: panels are put together when they are read."""
+    n_out, n_in = weight.shape
+    return TallLinear(weight.contiguous(), bias, n_in, n_out, lies=True)
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,8 @@ _Room = _structure("_Room", lines="p", own="p", tiles="p", tokens="l", each="l",
 
 
 def _product(linear: TallLinear) -> Any:
-    return _Product(address(linear.panels), 0, None, None, address(linear.bias), linear.n_in, linear.n_out)
+    weight, bias = address(linear.panels), address(linear.bias)
+    return _Product(weight, int(linear.lies), None, None, bias, linear.n_in, linear.n_out)
 
 
 def _layer(parts: LayerParts) -> Any:

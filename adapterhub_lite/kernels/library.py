@@ -24,8 +24,8 @@ from ..places import cache_root
 # No -ffast-math: it would make the whole process flush denormal numbers to zero.
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
 _HEADERS = (
-    "vectors.h", "work.h", "tall.h", "training.h", "training_rows.h", "training_panels.h", "training_attention.h",
-    "training_encoder.h", "training_layers.h",
+    "vectors.h", "work.h", "tall.h", "laying.h", "training.h", "training_rows.h", "training_panels.h",
+    "training_attention.h", "training_encoder.h", "training_layers.h",
 )  # fmt: skip
 _SOURCES = (
     *_HEADERS, "wide.c", "lanes.c", "forward.c", "matrices.c", "tall.c", "ragged.c", "encoder.c", "products.c",

@@ -8,10 +8,8 @@
 
 #include <omp.h>
 
-#include "tall.h"
+#include "laying.h"
 
-#define VECS 3
-#define PANEL (VECS * LANES)
 #define CHUNK 1536 /* inputs at most that are summed before they join the total; their panel stays in the second cache */
 #define SOON 8     /* inputs whose weights are asked for before they are used */
 #define BLOCK 16   /* pieces of rows at least that a panel is laid for */
@@ -50,44 +48,12 @@ typedef struct {
     const float *w, *up;
 } strip;
 
-#define AHEAD 8 /* rows of one input each, or lines of 16 weights, that are asked for before they are laid */
-
-/* Weights of inputs begin, ... of the panels from a column on, zeros beside the last output; panels lie `apart`. */
-static void lay_inputs(const products *p, long column, long panels, long begin, long end, float *to) {
-    long apart = (end - begin) * PANEL;
-    for (long i = begin; i < end; i++, to += PANEL)
-        for (long j = 0; j < panels; j++) EACH_VEC {
-            long at = column + j * PANEL + u * LANES;
-            const float *from = p->w + i * p->ldw + at;
-            __builtin_prefetch(from + AHEAD * p->ldw, 0, 3);
-            store(to + j * apart + u * LANES, load_some(from, p->n - at));
-        }
-}
-
 /* What an adapter adds by, laid as the panels are. */
 static void lay_up(const products *p, const addition *by, long column, long panels, float *to) {
     for (long j = 0; j < panels; j++)
         for (long r = 0; r < by->rank; r++, to += PANEL) EACH_VEC {
             long at = column + j * PANEL + u * LANES;
             store(to + u * LANES, load_some(by->up + r * by->ldu + at, p->n - at));
-        }
-}
-
-static void lay_outputs(const products *p, long column, long begin, long end, float *to) {
-    for (long first = column; first < column + PANEL; first += LANES, to += LANES)
-        for (long i = begin; i < end; i += LANES) {
-            long count = end - i < LANES ? end - i : LANES;
-            vec block[LANES];
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) {
-                const float *from = p->w + (first + r) * p->ldw + i;
-                __builtin_prefetch(from + AHEAD * LANES, 0, 3);
-                block[r] = load_some(from, first + r < p->n ? count : 0);
-            }
-            turn(block);
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++)
-                if (r < count) store(to + (i - begin + r) * PANEL, block[r]);
         }
 }
 
@@ -158,9 +124,9 @@ static void group(const products *p, long first, long end, const tile *tiles, lo
         s.end = s.begin + CHUNK < p->k ? s.begin + CHUNK : p->k;
         const float *panels = room;
         long apart = (s.end - s.begin) * PANEL;
-        if (p->form == INPUTS) lay_inputs(p, first * PANEL, end - first, s.begin, s.end, room);
+        if (p->form == INPUTS) lay_inputs(p->w, p->ldw, p->n, first * PANEL, end - first, s.begin, s.end, room);
         for (long i = first; i < end && p->form == OUTPUTS; i++)
-            lay_outputs(p, i * PANEL, s.begin, s.end, room + (i - first) * apart);
+            lay_outputs(p->w, p->ldw, p->n, i * PANEL, s.begin, s.end, room + (i - first) * apart);
         if (p->form == PANELS) {
             apart = p->k * PANEL;
             panels = p->w + first * apart + s.begin * PANEL;

@@ -1,13 +1,11 @@
 /* Products of many rows with a frozen float32 matrix in panels of 48 outputs: for each input, the 48 weights of a panel
-   stand together. Eight rows and a panel make 24 sums, which with three weights and one value fill the registers: a
+   stand together, or are put so a strip at a time. Eight rows and a panel make 24 sums, which with three weights and one value fill the registers: a
    value and three weights are read for each 24 products. What an adapter adds is summed in the same registers, and
    y = act((x W^T) (1 + gain) + low up + biases) is written once. A row's sums have one order, whatever rows are beside
    it. */
 
-#include "tall.h"
+#include "laying.h"
 
-#define VECS 3
-#define PANEL (VECS * LANES)
 #define STRIP 384 /* inputs that are summed before they join the total; their weights stay in the second cache */
 
 /* Unrolled, so that the sums stay in registers. */
@@ -46,7 +44,7 @@ typedef struct {
     const float *w;
     const char *soon;
     long step;
-    int last;
+    int more, last; /* whether y has something to add to; whether no inputs follow */
 } strip;
 
 INLINE void load_vecs(int vecs, const float *p, long width, vec *v) {
@@ -87,7 +85,7 @@ INLINE void sums(int rows, const product *w, const strip *s, const member *by, l
             EACH_VEC sum[t * VECS + u] += some[u] * v;
         }
     }
-    if (s->begin) EACH_ROW {
+    if (s->more) EACH_ROW {
         load_vecs(VECS, y.at + t * y.ld, s->width, some);
         EACH_VEC sum[t * VECS + u] += some[u];
     }
@@ -109,17 +107,41 @@ static void sums_of(long rows, const product *w, const strip *s, const member *b
 }
 #undef FUNCTION
 
-static void panel(const product *w, long number, pieces rows, site at, long which, lines x, lines low, int act,
-                  lines y) {
+/* One strip of a panel, in `room` where it is not laid already. */
+static const float *laid(const product *w, long number, const strip *s, float *room) {
+    const float *all = (const float *)w->panels;
+    if (w->format == LAID) return all + (number * w->k + s->begin) * PANEL;
+    if (w->format == OUTPUT_LINES) lay_outputs(all, w->k, w->n, s->column, s->begin, s->end, room);
+    if (w->format == INPUT_LINES) lay_inputs(all, w->n, w->n, s->column, 1, s->begin, s->end, room);
+    return room;
+}
+
+/* Ask for a share of what the strip after this one will be put together from. */
+static void ask(const product *w, const strip *s, long share, long shares) {
+    long begin = s->last ? 0 : s->end, end = begin + STRIP < w->k ? begin + STRIP : w->k;
+    long column = s->last ? s->column + PANEL : s->column, width = w->n - column < PANEL ? w->n - column : PANEL;
+    long outputs = w->format == OUTPUT_LINES, rows = outputs ? width : end - begin, length = outputs ? end - begin : width;
+    long each = (length + LANES - 1) / LANES, all = width > 0 ? rows * each : 0;
+    const float *from = (const float *)w->panels + (outputs ? column * w->k + begin : begin * w->n + column);
+    for (long i = all * share / shares; i < all * (share + 1) / shares; i++)
+        __builtin_prefetch(from + i / each * (outputs ? w->k : w->n) + i % each * LANES, 0, 2);
+}
+
+static void panel(const product *w, long number, pieces rows, site at, long which, lines x, lines low, int add,
+                  int act, lines y) {
+    float room[STRIP * PANEL] __attribute__((aligned(64)));
     strip s = {.column = number * PANEL, .step = (PANEL * sizeof(float) + rows.count - 1) / rows.count};
     s.width = w->n - s.column < PANEL ? w->n - s.column : PANEL;
+    if (w->format != LAID) s.step = 0;
     for (s.begin = 0; s.begin < w->k; s.begin = s.end) {
         s.end = s.begin + STRIP < w->k ? s.begin + STRIP : w->k;
-        s.w = (const float *)w->panels + (number * w->k + s.begin) * PANEL;
+        s.w = laid(w, number, &s, room);
+        s.more = add || s.begin;
         s.last = s.end == w->k;
         for (long i = 0; i < rows.count; i++) {
             const tile *some = rows.all + i;
-            const member *by = some->owner < 0 ? 0 : at.changes[some->owner * at.stride].members + which;
+            if (w->format != LAID) ask(w, &s, i, rows.count);
+            const member *by = some->owner < 0 || !at.changes ? 0 : at.changes[some->owner * at.stride].members + which;
             lines to = {y.at + some->first * y.ld + s.column, y.ld};
             s.soon = (const char *)(s.w + (s.end - s.begin) * PANEL) + i * s.step * (s.end - s.begin);
             sums_of(some->count, w, &s, by, from(x, some->first), from(low, some->first), to);
@@ -128,9 +150,18 @@ static void panel(const product *w, long number, pieces rows, site at, long whic
     }
 }
 
-void tall_work(team of, const product *w, pieces rows, site at, long number, lines x, lines low, int act, lines y) {
+static void all_panels(team of, const product *w, pieces rows, site at, long number, lines x, lines low, int add,
+                       int act, lines y) {
     long panels = (w->n + PANEL - 1) / PANEL, end = share(rows.count ? panels : 0, of.me + 1, of);
-    for (long p = share(panels, of.me, of); p < end; p++) panel(w, p, rows, at, number, x, low, act, y);
+    for (long p = share(panels, of.me, of); p < end; p++) panel(w, p, rows, at, number, x, low, add, act, y);
+}
+
+void tall_work(team of, const product *w, pieces rows, site at, long number, lines x, lines low, int act, lines y) {
+    all_panels(of, w, rows, at, number, x, low, 0, act, y);
+}
+
+void tall_sum(team of, const product *w, pieces rows, site at, lines x, lines low, int add, lines y) {
+    all_panels(of, w, rows, at, 0, x, low, add, NO_ACT, y);
 }
 
 /* Up to 48 columns, `left` or fewer, of low for some rows. */

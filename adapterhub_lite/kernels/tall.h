@@ -43,11 +43,17 @@ INLINE lines from(lines of, long row) { return (lines){of.at + row * of.ld, of.l
 
 enum { NO_ACT, GELU, RELU };
 
+/* How a product's weights lie: in panels (see tall.c), or as a module has them, a line an output or an input. */
+enum { LAID, OUTPUT_LINES, INPUT_LINES };
+
 /* low [rows, R] = x times the down matrices of each row's adapter. */
 void low_work(team of, pieces rows, site at, lines x, long k, lines low);
 
 /* y [rows, n] = act(x W^T + bias and what each row's adapter changes of it, as member `number` of the site). */
 void tall_work(team of, const product *w, pieces rows, site at, long number, lines x, lines low, int act, lines y);
+
+/* y = or, with `add`, += x W^T + bias and what member 0 changes of it; nothing where the site has no changes. */
+void tall_sum(team of, const product *w, pieces rows, site at, lines x, lines low, int add, lines y);
 
 /* The larger, the smaller of v and a number; NaN stays NaN. */
 #ifdef __AVX512F__

@@ -66,9 +66,9 @@ static void forward_layer(team of, const stage *s, long i, lines x) {
     norm_work(of, c, x, s->delta, drop_of(s, c, i, ATTENDED), l->attended, l->attended_eps, j->width,
               k->attended_total, k->middle, k->means[0], k->inverses[0]);
     forward_site(of, s, i, 2, &l->up, last, k->middle, k->hidden[2], k->up);
-    gelu_work(of, c, k->up, 0, j->inner, k->active);
+    gelu_work(of, c, k->up, 0, j->inner, s->active);
     meet(of);
-    forward_site(of, s, i, 3, &l->down, last, k->active, k->hidden[3], s->delta);
+    forward_site(of, s, i, 3, &l->down, last, s->active, k->hidden[3], s->delta);
     meet(of);
     norm_work(of, c, k->middle, s->delta, drop_of(s, c, i, MADE), l->made, l->made_eps, j->width,
               k->made_total, last ? (lines){j->out, j->width} : k->out, k->means[1], k->inverses[1]);

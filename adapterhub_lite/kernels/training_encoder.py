@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -32,10 +33,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer.
+    """One layer; its weights are `lying_linear`s, which the backward reads too.
 
     Attributes:
-        back: the transposed weights of each site: of q, k, v below each other, out, up, down.
         drops: shares that are dropped of attention's weights and before each norm.
     """
 
@@ -45,7 +45,6 @@ class LayerWeights:
     out: TallLinear
     up: TallLinear
     down: TallLinear
-    back: tuple[TallLinear, TallLinear, TallLinear, TallLinear]
     attended: Norm
     made: Norm
     drops: tuple[float, float, float]
@@ -129,7 +128,7 @@ class TrainedEncoder:
         self._stack = (_Layer * len(layers))(*map(_layer, layers))
         self._members: list[tuple[Any, LowRank]] = []
         self._groups = (_Group * (len(adapters) * len(layers) * SITES))()
-        self._room = torch.empty(0)
+        self._room, self._asked = torch.empty(0), 0
         places = product(range(len(adapters)), range(len(layers)), range(SITES))
         found = [
             self._group(self._groups[i], adapters[who][at][site], site) for i, (who, at, site) in enumerate(places)
@@ -147,7 +146,7 @@ class TrainedEncoder:
     @property
     def nbytes(self) -> int:
         """Bytes of what passes so far have asked for."""
-        return self._room.nbytes
+        return self._asked * self._room.itemsize
 
     def forward(self, what: Pass, x: torch.Tensor) -> torch.Tensor:
         """What leaves the last layer at the tokens that are read [read, width], from x [tokens, width]."""
@@ -183,7 +182,8 @@ class TrainedEncoder:
         if self._room.numel() < job.floats:
             assert not gradients, "a backward follows the forward of the same pass"
             self._room = torch.empty(0)
-            self._room = torch.empty(job.floats)
+            self._room = _mapped(2 * job.floats)
+        self._asked = max(self._asked, job.floats)
         job.room = self._room.data_ptr()
         if not getattr(functions, name)(at, threads):
             raise MemoryError
@@ -225,6 +225,14 @@ class TrainedEncoder:
                     at += 4 * entry.rank * outs[ctypes.addressof(entry)]
 
 
+def _mapped(floats: int) -> torch.Tensor:
+    """Memory of its own, of which only what is written takes any, so that it may be larger than what is needed now.
+
+    It goes back to the system when more has to follow; an allocator would keep it.
+    """
+    return torch.frombuffer(mmap(-1, 4 * floats), dtype=torch.float32)
+
+
 def _gradient(parameter: torch.nn.Parameter) -> int:
     """Where a parameter's gradient lies, which is made if there is none."""
     grad = parameter.grad
@@ -244,7 +252,7 @@ def _matrix(x: torch.Tensor, rows: int, columns: int) -> int:
 
 _Rate = _structure("_Rate", threshold="l", scale="f")
 _Layer = _structure(
-    "_Layer", q=_Product, k=_Product, v=_Product, out=_Product, up=_Product, down=_Product, back=_Product * SITES,
+    "_Layer", q=_Product, k=_Product, v=_Product, out=_Product, up=_Product, down=_Product,
     attended="p", attended_bias="p", made="p", made_bias="p", attended_eps="f", made_eps="f", rates=_Rate * _PLACES,
 )  # fmt: skip
 _Trained = _structure("_Trained", a="p", b="p", grad_a="p", grad_b="p", up="p", rank="l", first="l", scale="f")
@@ -260,7 +268,6 @@ _Job = _structure(
 
 def _layer(parts: LayerWeights) -> Any:
     products = map(product_of, (parts.q, parts.k, parts.v, parts.out, parts.up, parts.down))
-    back = (_Product * SITES)(*map(product_of, parts.back))
     norms = [address(t) for norm in (parts.attended, parts.made) for t in (norm.weight, norm.bias)]
     rates = (_Rate * _PLACES)(*((round(p * 2**24), 1 / (1 - p)) for p in parts.drops))
-    return _Layer(*products, back, *norms, parts.attended.eps, parts.made.eps, rates)
+    return _Layer(*products, *norms, parts.attended.eps, parts.made.eps, rates)

@@ -2,6 +2,20 @@
 
 #include "training_layers.h"
 
+/* below = grad W + what comes through A. Of q, k and v, the later ones are added to the first. */
+static void through_weights(team of, const stage *s, long i, int which, pieces rows, lines grad, lines below) {
+    const layer *l = s->j->stack + i;
+    const product *all[][MEMBERS] = {{&l->q, &l->k, &l->v}, {&l->out}, {&l->up}, {&l->down}};
+    site none = {0}, at = site_of(s, s->back, i, which);
+    for (int m = 0; m < MEMBERS && all[which][m]; m++) {
+        product w = *all[which][m];
+        w = (product){.panels = w.panels, .format = INPUT_LINES, .k = w.n, .n = w.k};
+        int end = m == MEMBERS - 1 || !all[which][m + 1];
+        lines own = {grad.at + m * w.k, grad.ld};
+        tall_sum(of, &w, rows, end ? at : none, own, s->slope, m > 0, below);
+    }
+}
+
 /* below = what comes through W and A; gradients of all A and B of the site. x: its input, low: A x. No barrier
    after it. */
 static void back_site(team of, const stage *s, long i, int which, int read, lines grad, lines x, lines low,
@@ -23,8 +37,7 @@ static void back_site(team of, const stage *s, long i, int which, int read, line
         }
     }
     meet(of);
-    site at = site_of(s, s->back, i, which);
-    if (below) tall_work(of, j->stack[i].back + which, rows, at, 0, grad, s->slope, NO_ACT, *below);
+    if (below) through_weights(of, s, i, which, rows, grad, *below);
     for (long g = 0; g < c->segment_count; g++) {
         const segment *some = c->segments + g;
         const trained_group *group = j->groups + (some->learner * j->layers + i) * SITES + which;
@@ -100,7 +113,8 @@ static void backward_layer(team of, const stage *s, long i, lines x, lines grad,
     const crowd *c = crowd_of(s, last);
     norm_back_work(of, c, grad, 0, k->made_total, l->made[0], k->means[1], k->inverses[1],
                    drop_of(s, c, i, MADE), j->width, s->total, s->delta);
-    back_site(of, s, i, 3, last, s->delta, k->active, k->hidden[3], &s->inner);
+    gelu_work(of, c, k->up, 0, j->inner, s->active); /* made again: it is the widest that a layer could keep */
+    back_site(of, s, i, 3, last, s->delta, s->active, k->hidden[3], &s->inner);
     gelu_work(of, c, k->up, &s->inner, j->inner, s->inner);
     meet(of);
     back_site(of, s, i, 2, last, s->inner, k->middle, k->hidden[2], &s->rest);

@@ -19,10 +19,9 @@ typedef struct {
 
 enum { SEEN, ATTENDED, MADE }; /* places of a layer that drop */
 
-/* back: the transposed weights of each site. A norm is its weight, then its bias. */
+/* A norm is its weight, then its bias. */
 typedef struct {
     product q, k, v, out, up, down;
-    product back[SITES];
     const float *attended[2], *made[2];
     float attended_eps, made_eps;
     rate rates[3];
@@ -60,7 +59,7 @@ typedef struct {
 
 /* What is kept of a layer. */
 typedef struct {
-    lines qkv, hidden[SITES], seen, log_sum, attended_total, middle, up, active, made_total, out;
+    lines qkv, hidden[SITES], seen, log_sum, attended_total, middle, up, made_total, out;
     float *means[2], *inverses[2];
 } kept_layer;
 
@@ -69,7 +68,7 @@ typedef struct {
 typedef struct {
     const job *j;
     kept_layer *kept;
-    lines delta, chosen_x, chosen_q, chosen_low, total, rest, inner, seen, qkv, query, slope, below[2];
+    lines delta, chosen_x, chosen_q, chosen_low, total, rest, active, inner, seen, qkv, query, slope, below[2];
     float *own;
     change *forward, *back, *slopes;
     tile *tiles;
@@ -99,9 +98,9 @@ INLINE kept_layer carve_layer(const job *j, float **at) {
     kept_layer k = {carve(at, n, 3 * width)};
     for (int s = 0; s < SITES; s++) k.hidden[s] = carve(at, n, j->low);
     k.log_sum = carve(at, n, j->heads);
-    lines *narrow[] = {&k.seen, &k.attended_total, &k.middle, &k.made_total, &k.out}, *wide[] = {&k.up, &k.active};
+    lines *narrow[] = {&k.seen, &k.attended_total, &k.middle, &k.made_total, &k.out};
     for (int i = 0; i < 5; i++) *narrow[i] = carve(at, n, width);
-    for (int i = 0; i < 2; i++) *wide[i] = carve(at, n, j->inner);
+    k.up = carve(at, n, j->inner);
     for (int i = 0; i < 2; i++) {
         k.means[i] = carve(at, n, 0).at;
         k.inverses[i] = carve(at, n, 0).at;
@@ -120,6 +119,7 @@ INLINE long lay_out(const job *j, stage *s, long threads) {
     lines *few[] = {&s->chosen_x, &s->chosen_q, &s->query};
     for (int i = 0; i < 6; i++) *narrow[i] = carve(&at, n, width);
     for (int i = 0; i < 3; i++) *few[i] = carve(&at, read, width);
+    s->active = carve(&at, n, j->inner);
     s->inner = carve(&at, n, j->inner);
     s->qkv = carve(&at, n, 3 * width);
     s->slope = carve(&at, n, j->low);

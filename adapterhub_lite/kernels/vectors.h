@@ -60,15 +60,24 @@ INLINE vec load_part(const float *p, long count, float rest) {
     return v;
 }
 
+/* Where each number of a round's two lines comes from: those of the first line, then of the second. In memory, since
+   compilers build such constants anew, number by number. */
+static const ints TURNS[4][2] = {
+    {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+     {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}},
+    {{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+     {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31}},
+    {{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+     {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31}},
+    {{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+     {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31}},
+};
+
 /* v becomes its transpose: in four rounds, blocks of 8, 4, 2 and 1 change places. */
 INLINE void turn(vec *v) {
 #pragma GCC unroll 4
-    for (int d = 8; d; d /= 2) {
-        ints low, high;
-        for (int p = 0; p < LANES; p++) {
-            low[p] = p & d ? LANES + p - d : p;
-            high[p] = p & d ? LANES + p : p + d;
-        }
+    for (int round = 0, d = 8; round < 4; round++, d /= 2) {
+        ints low = TURNS[round][0], high = TURNS[round][1];
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)
             if (!(i & d)) {

@@ -27,6 +27,7 @@ from .computation import Learner, Settings, make_computation
 from .frozen import unchanged
 from .loop import Referee, failed, run_loop
 from .member import FAILED, Course, History, Member
+from .memory.collector import resting_heap
 from .runs.checkpoint import Checkpoints
 from .signals import Wish
 from .start import start_from
@@ -115,7 +116,7 @@ def train_adapters(
         Unsupported: this base cannot have such an adapter.
         StoreCorrupt: the checkpoint is damaged.
     """
-    with Wish() as own, base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model):
+    with Wish() as own, base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model), resting_heap():
         learners, members = new_members(assignments, base)
         for member in members:
             _tell_short(member, on_event)

@@ -13,7 +13,6 @@ from adapterhub_lite.bases.load import Base
 from adapterhub_lite.kernels.encoder import has_encoder
 from adapterhub_lite.tasks.task import IGNORED, Example
 from adapterhub_lite.training.computation import Learner, Row, Settings
-from adapterhub_lite.training.encoder import whole as encoder_whole
 from adapterhub_lite.training.encoder.fused import FusedEncoder
 from adapterhub_lite.training.encoder.ops import EncoderOps
 from adapterhub_lite.training.encoder.parts import not_covered
@@ -117,7 +116,7 @@ def test_results_do_not_depend_on_threads_or_neighbours(tmp_path: Path):
     assert_same(grads(learners[1:])[0], found[0][1], 1e-5)
 
 
-def test_what_one_call_does_not_compute_goes_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_one_call_does_not_compute_goes_layer_by_layer(tmp_path: Path):
     base = base_of(tmp_path)
 
     def whole(one: Learner, **settings: Any) -> Any:
@@ -127,5 +126,3 @@ def test_what_one_call_does_not_compute_goes_layer_by_layer(tmp_path: Path, monk
     assert whole(learner(base, 1, dropout=0.1)) is None
     assert whole(learner(base, 1, dora=True)) is None
     assert whole(learner(base, 1), checkpoint=True) is None
-    monkeypatch.setattr(encoder_whole, "_MOST_BYTES", 1000)
-    assert whole(learner(base, 1)) is None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...bases.quantization import is_quantized
-from ...kernels.encoder import has_encoder, tall_linear
+from ...kernels.encoder import has_encoder, lying_linear
 from ...kernels.training_encoder import Adapters, Crowd, LayerWeights, LowRank, Pass, Sizes, TrainedEncoder
 from ...kernels.training_encoder import Norm as NativeNorm
 from ..decoder.parts import Frozen
@@ -16,17 +16,12 @@ from .layer import PLACES, SALTS, Scene
 from .ops import Norm
 from .parts import EncoderParts, LayerParts
 
-# Weights are laid out anew, once as they are and once transposed; a base that takes more keeps to torch's products.
-_MOST_BYTES = 256 << 20
-
 
 def reads_whole(parts: EncoderParts, trainables: Sequence[object]) -> bool:
     """Whether these adapters on this float32 base on a CPU are what one call computes."""
     groups = [group for layer in parts.layers for group in layer.groups]
-    weights = 2 * 4 * sum(group.n_in * group.n_out for group in groups)
     return (
         has_encoder()
-        and weights <= _MOST_BYTES
         and not any(is_quantized(module) for group in groups for module in group.modules)
         and all(_is_plain(trainable) for trainable in trainables)
     )
@@ -73,12 +68,10 @@ def _pass(scene: Scene) -> Pass:
 
 def _weights(layer: LayerParts) -> LayerWeights:
     qkv, out, up, down = layer.groups
-    three = [tall_linear(qkv.weight(i), _bias(qkv, columns)) for i, columns in enumerate(qkv.columns)]
-    single = [tall_linear(group.weight(0), group.bias) for group in (out, up, down)]
-    back = [tall_linear(torch.cat([g.weight(i) for i in range(len(g.modules))]).t(), None) for g in layer.groups]
+    three = [lying_linear(qkv.weight(i), _bias(qkv, columns)) for i, columns in enumerate(qkv.columns)]
+    single = [lying_linear(group.weight(0), group.bias) for group in (out, up, down)]
     return LayerWeights(
-        three[0], three[1], three[2], single[0], single[1], single[2],
-        (back[0], back[1], back[2], back[3]), _norm(layer.attended), _norm(layer.norm),
+        three[0], three[1], three[2], single[0], single[1], single[2], _norm(layer.attended), _norm(layer.norm),
         (layer.drop_seen, layer.drop_attended, layer.drop_made),
     )  # fmt: skip
 
