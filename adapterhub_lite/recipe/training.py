@@ -97,6 +97,9 @@ class TrainingConfig:
     """Keep each layer's input alone, and compute the rest again: less memory, a third more time."""
     working_copies: bool | str = fields.section(_read_switch, AUTO)
     """Keep the weights of a quantised base on a CPU dequantised as well: more memory, less time."""
+    precision: str = fields.choice(AUTO, among=(AUTO, "float32", "bfloat16"))
+    """How products with a float32 base are computed on a CPU; bfloat16 is heard where the processor has units for it
+    (AMX), and `auto` takes it there if it is much faster. Parameters, gradients and all else stay float32."""
 
     @property
     def checkpoint_steps(self) -> int | None:

@@ -28,6 +28,7 @@ from .frozen import unchanged
 from .loop import Referee, failed, run_loop
 from .member import FAILED, Course, History, Member
 from .memory.collector import resting_heap
+from .precision import BFLOAT16, choose_precision, products_in
 from .runs.checkpoint import Checkpoints
 from .signals import Wish
 from .start import start_from
@@ -116,7 +117,16 @@ def train_adapters(
         Unsupported: this base cannot have such an adapter.
         StoreCorrupt: the checkpoint is damaged.
     """
-    with Wish() as own, base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model), resting_heap():
+    precision = choose_precision([one.recipe.training.precision for one in assignments], base.device, base.dtype)
+    with (
+        Wish() as own,
+        base.training(),
+        torch.random.fork_rng(),
+        quiet(),
+        unchanged(base.model),
+        resting_heap(),
+        products_in(precision.name),
+    ):
         learners, members = new_members(assignments, base)
         for member in members:
             _tell_short(member, on_event)
@@ -125,6 +135,8 @@ def train_adapters(
         computation = make_computation(base, learners, settings or Settings())
         if note := getattr(computation, "note", ""):
             on_event(Note(note, "warning"))
+        if precision.name == BFLOAT16:
+            on_event(Note(f"products with the base go through bfloat16: {precision.why}"))
         if apart:
             computation = Apart(computation)
         run_loop(members, computation, on_event, checkpoints, wish or (lambda: own.number), referee)

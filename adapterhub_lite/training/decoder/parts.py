@@ -19,6 +19,7 @@ from ...kernels.products import Change, available, product, unpacked
 from ..computation import Learner
 from ..memory.buffers import Buffers
 from ..memory.scratch import write_dense
+from ..precision import through_bfloat16
 from ..trainable import TrainableLora, TrainablePrefix
 
 _LEAST = 512  # tokens: of fewer, laying the weights out takes as long as it saves
@@ -51,7 +52,7 @@ class Frozen:
 
     def adds(self, x: torch.Tensor) -> bool:
         """Whether `forward` and `back` take changes for this many tokens: natively, where that is the faster way."""
-        return self._native and len(x) >= _LEAST
+        return self._native and len(x) >= _LEAST and not through_bfloat16()
 
     def forward(
         self, x: torch.Tensor, out: torch.Tensor, buffers: Buffers, changes: Sequence[Sequence[Change]] | None = None

@@ -21,6 +21,7 @@ from ...bases.quiet import quiet
 from ..computation import Computation, Row, Settings, make_computation
 from ..frozen import unchanged
 from ..member import Member
+from ..precision import choose_precision, products_in
 from ..train import Assignment, new_members
 from .loads import Load, Stride, Work, is_padded, work_of
 from .room import Peak, held, room, settle
@@ -106,7 +107,8 @@ def _calibrated(
     assignments: Sequence[Assignment], base: Base, settings: Settings, limit: int | None, repeats: int, bare: int | None
 ) -> Calibration:
     device = base.device
-    with base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model):
+    precision = choose_precision([one.recipe.training.precision for one in assignments], device, base.dtype)
+    with base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model), products_in(precision.name):
         read_weights(base)
         settle(device)
         before, there = held(device), room(device)
