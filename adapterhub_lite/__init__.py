@@ -21,6 +21,7 @@ _PUBLIC = {
     "AdapterHubError": "errors",
     "Base": "bases.load",
     "Card": "formats.card",
+    "ConflictReport": "combining.conflicts",
     "Difference": "workflows.difference",
     "MergeReport": "merging.report",
     "Prediction": "runtime.predict",
@@ -31,8 +32,12 @@ _PUBLIC = {
     "SearchResult": "workflows.search_results",
     "Store": "store",
     "TaggedWord": "runtime.predict",
+    "combine": "workflows.combine",
+    "conflicts": "workflows.conflicts",
+    "convert": "workflows.convert",
     "diff": "workflows.diff",
     "evaluate": "workflows.evaluate",
+    "export": "workflows.export",
     "load_base": "bases.load",
     "load_recipe": "recipe",
     "merge": "workflows.merge",
@@ -49,6 +54,7 @@ __all__ = [
     "AdapterHubError",
     "Base",
     "Card",
+    "ConflictReport",
     "Difference",
     "MergeReport",
     "Prediction",
@@ -60,8 +66,12 @@ __all__ = [
     "Store",
     "TaggedWord",
     "__version__",
+    "combine",
+    "conflicts",
+    "convert",
     "diff",
     "evaluate",
+    "export",
     "load_base",
     "load_recipe",
     "merge",
@@ -76,6 +86,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .bases.load import Base, load_base
+    from .combining.conflicts import ConflictReport
     from .errors import AdapterHubError
     from .formats.card import Card
     from .merging.report import MergeReport
@@ -85,9 +96,13 @@ if TYPE_CHECKING:
     from .runtime.runtime import Runtime
     from .runtime.sampling import Sampling
     from .store import Store
+    from .workflows.combine import combine
+    from .workflows.conflicts import conflicts
+    from .workflows.convert import convert
     from .workflows.diff import diff
     from .workflows.difference import Difference
     from .workflows.evaluate import evaluate
+    from .workflows.export import export
     from .workflows.hub import pull, push
     from .workflows.merge import merge
     from .workflows.promote import promote

@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those named: python -m benchmarks [store] [runtime] [training] [quality]."""
+"""Run all benchmarks, or those named: python -m benchmarks [store] [runtime] [training] [merging] [quality]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 
 from .options import add_options
 
-ALL = ("store", "runtime", "training", "quality")
+ALL = ("store", "runtime", "training", "merging", "quality")
 
 
 def main(arguments: list[str]) -> int:

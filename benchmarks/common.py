@@ -29,11 +29,16 @@ _PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def print_head(title: str, base: Base) -> None:
+    """Title, machine, versions and base."""
+    print_machine(title)
+    print(f"   base {base.name}, {base.choices['dtype'].value} on {base.device}")
+
+
+def print_machine(title: str) -> None:
     """Title, machine and versions."""
     print(f"\n== {title}")
     print(f"   {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}")
     print("   " + ", ".join(f"{p} {version(p)}" for p in _PACKAGES))
-    print(f"   base {base.name}, {base.choices['dtype'].value} on {base.device}")
 
 
 def _processor() -> str:

@@ -2,7 +2,8 @@
 
 Nothing is fetched: a configuration of the shape of a known model, its layers made one by one on the device. The peer is
 Trainer with PEFT and bitsandbytes as its makers describe QLoRA: `prepare_model_for_kbit_training`, bf16, gradient
-checkpointing, and without checkpointing where that fits.
+checkpointing, and without checkpointing where that fits. Speed is that of the setup a recipe gets by itself. Memory is
+that of a recipe that asks for the least, beside the checkpointed peer, both on a base whose scales are quantised, too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from adapterhub_lite.bases.quantization import NF4_BLOCK_SIZE
 from adapterhub_lite.recipe.schema import DataConfig, FileData, InstructTask, LoraAdapter, Recipe
 from adapterhub_lite.recipe.training import TrainingConfig
 from adapterhub_lite.tasks.task import IGNORED, Example
+from adapterhub_lite.training.train import Assignment
+from adapterhub_lite.workflows.plan import setup_of
 
 from . import training_together
 from .rows import Row, Sample, faster, in_turn, skip
@@ -51,6 +54,8 @@ SMALL = ("135M (SmolLM2)", ("llama", {
 }))  # fmt: skip
 _ROWS = 2  # of one update
 BOUND_BFLOAT16 = 0.02
+LEAST: dict[str, Any] = {"pack_tokens": LENGTH, "checkpointing": True, "offload": True, "table_on_host": True}
+"""What a recipe can ask for in its training part; with `quantize: nf4-double`."""
 _QLORA = Peer("Trainer + bnb", autocast=True, dtype=torch.bfloat16, same_order=True)
 
 
@@ -97,7 +102,7 @@ def shape_rows(
                 if who == "ours":
                     raise
             _clear()
-    what = f"{name} in NF4, rank 16, {_ROWS} x {length} tokens an update"
+    what = _what(name, "NF4", length)
     samples = {who: Sample.of([one.run.per_thousand for one in runs]) for who, runs in found.items() if runs}
     fastest = min((who for who in samples if who != "ours"), key=lambda who: samples[who].p50)
     row = faster(PART, f"1,000 tokens, {what}", samples["ours"], fastest, samples[fastest])
@@ -105,10 +110,31 @@ def shape_rows(
     yield replace(row, told=f"{row.told}, {speeds}")
     for who in (who for who in samples if who != "ours"):
         yield same_losses(found["ours"][0].run, found[who][0].run, f"{who}, {name}", BOUND_BFLOAT16)
-    leanest = min((one for who, runs in found.items() if who != "ours" for one in runs), key=lambda one: one.above)
-    ours = max(found["ours"], key=lambda one: one.above)
-    told = f"{_gb(ours.above)} on {_gb(ours.base)} / {_gb(leanest.above)} on {_gb(leanest.base)}"
-    yield Row(PART, f"peak memory above the base, {what}", figure=ours.above / max(leanest.above, 1), told=told)
+    yield from least_rows(name, shape, device, updates, length)
+
+
+def least_rows(name: str, shape: tuple[str, dict[str, Any]], device: str, updates: int, length: int) -> Iterator[Row]:
+    """Memory of one shape, above the base and in all."""
+
+    def case() -> Case:
+        return _case(random_base(name, shape, device, quantize="nf4-double"), updates, length)
+
+    ours = _ours(case().trained(**{**LEAST, "pack_tokens": length}))
+    _clear()
+    peer = _peer(case(), True)
+    _clear()
+    what = (
+        f"{_what(name, 'NF4 with quantised scales', length)}; {', '.join(key for key in LEAST if LEAST[key] is True)}"
+    )
+    told = f"{_gb(ours.above)} on {_gb(ours.base)} / {_gb(peer.above)} on {_gb(peer.base)}"
+    yield Row(PART, f"peak memory above the base, {what}", figure=ours.above / max(peer.above, 1), told=told)
+    totals = ours.above + ours.base, peer.above + peer.base
+    told = f"{_gb(totals[0])} / {_gb(totals[1])}"
+    yield Row(PART, f"peak memory in all, {what}", figure=totals[0] / max(totals[1], 1), told=told)
+
+
+def _what(name: str, form: str, length: int) -> str:
+    return f"{name} in {form}, rank 16, {_ROWS} x {length} tokens an update"
 
 
 def together_rows(base: Base, updates: int, rounds: int, count: int = 8, tokens: int = 64) -> Iterator[Row]:
@@ -128,8 +154,10 @@ def together_rows(base: Base, updates: int, rounds: int, count: int = 8, tokens:
     yield faster(PART, what, found["together"], "one by one", found["one by one"], 2.0)
 
 
-def random_base(name: str, shape: tuple[str, dict[str, Any]], device: str, dtype: str = "bfloat16") -> Base:
-    """A base of this shape with random weights, its linear layers in NF4; the same every time."""
+def random_base(
+    name: str, shape: tuple[str, dict[str, Any]], device: str, dtype: str = "bfloat16", quantize: str = "nf4"
+) -> Base:
+    """A base of this shape with random weights, its linear layers in nf4 or nf4-double; the same every time."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -141,7 +169,11 @@ def random_base(name: str, shape: tuple[str, dict[str, Any]], device: str, dtype
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
             parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, _nf4(module, device, DTYPES[dtype], generator))
+            setattr(
+                model.get_submodule(parent),
+                last,
+                _nf4(module, device, DTYPES[dtype], generator, quantize == "nf4-double"),
+            )
     for module in model.modules():
         for key, value in list(module.named_parameters(recurse=False)):
             if value.is_meta:
@@ -155,8 +187,8 @@ def random_base(name: str, shape: tuple[str, dict[str, Any]], device: str, dtype
     model.is_loaded_in_4bit = True  # what transformers' loader would have noted; PEFT asks for it
     choices = {"device": Choice(device, "asked for"), "dtype": Choice(dtype, "asked for")}
     source = BaseSource(name, Path(), "folder", None)
-    mark = Fingerprint("", "", "", "", "nf4")
-    return Base(name, "causal", model, _Tokenizer(), "nf4", source, mark, choices, measure(model, 0))
+    mark = Fingerprint("", "", "", "", quantize)
+    return Base(name, "causal", model, _Tokenizer(), quantize, source, mark, choices, measure(model, 0))
 
 
 class _Tokenizer:
@@ -169,17 +201,17 @@ class _Tokenizer:
         return {key: torch.tensor([row[key] for row in features]) for key in features[0]}
 
 
-def _nf4(linear: nn.Linear, device: str, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+def _nf4(linear: nn.Linear, device: str, dtype: torch.dtype, generator: torch.Generator, double: bool) -> nn.Module:
     import bitsandbytes as bnb
 
     with torch.device("meta"):
         made: Any = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None, dtype,
-            compress_statistics=False, quant_type="nf4",
+            compress_statistics=double, quant_type="nf4",
         )  # fmt: skip
     weight = _random(linear.weight.shape, device, dtype, generator)
     made.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", blocksize=NF4_BLOCK_SIZE, compress_statistics=False, module=made
+        weight, requires_grad=False, quant_type="nf4", blocksize=NF4_BLOCK_SIZE, compress_statistics=double, module=made
     ).to(device)
     if linear.bias is not None:
         made.bias = nn.Parameter(torch.zeros(linear.out_features, device=device, dtype=dtype), requires_grad=False)
@@ -200,7 +232,7 @@ def _case(base: Base, updates: int, length: int, seed: int = 0, rows: int = _ROW
         made.append(Example(ids, [IGNORED] * (length // 2) + ids[length // 2 :]))
     recipe = Recipe(
         name="benchmark", base=base.name, task=InstructTask(), data=DataConfig(train=FileData("none.jsonl")),
-        adapter=LoraAdapter(), quantize="nf4",
+        adapter=LoraAdapter(), quantize=base.quantization,
         training=TrainingConfig(
             epochs=1.0, batch_size=rows, max_length=length, seed=seed, learning_rate=1e-4, checkpoint_every="never"
         ),
@@ -210,7 +242,8 @@ def _case(base: Base, updates: int, length: int, seed: int = 0, rows: int = _ROW
 
 def _ours(case: Case) -> Figures:
     held = _reset()
-    run = run_ours(case)
+    settings = setup_of([Assignment(case.recipe, case.examples)], case.base).settings
+    run = run_ours(case, settings)
     return Figures(run, _peak() - held, held)
 
 

@@ -135,12 +135,12 @@ def _trained(plans: Sequence[Any], base: Any, folder: Path) -> dict[str, float]:
     from adapterhub_lite.training.planning.room import Peak, held, settle
     from adapterhub_lite.training.runs.checkpoint import Checkpoints
     from adapterhub_lite.training.train import train_adapters
-    from adapterhub_lite.workflows.plan import _first
+    from adapterhub_lite.workflows.plan import setup_of
     from adapterhub_lite.workflows.train import _assignment, _jobs
 
     store = Store(folder)
     assignments = [_assignment(job, base, store, len(plans) > 1, ignore) for job in _jobs(plans, store)]
-    settings = _first(assignments, base).settings  # what a plan takes where everything fits
+    settings = setup_of(assignments, base).settings  # what a plan takes where everything fits
     began: list[float] = []
 
     def wish() -> int:  # asked for the first time when the loop begins

@@ -21,6 +21,7 @@ from adapterhub_lite.bases.quantization import quantization_config
 from adapterhub_lite.bases.quiet import quiet
 from adapterhub_lite.events import Event, Step
 from adapterhub_lite.tasks.task import Example
+from adapterhub_lite.training.computation import Settings
 from adapterhub_lite.training.train import train_adapter
 
 from .common import synchronise
@@ -97,8 +98,8 @@ class Clock:
         return share / torch.get_num_threads()
 
 
-def run_ours(case: Case) -> Run:
-    """Train with our public API."""
+def run_ours(case: Case, settings: Settings | None = None) -> Run:
+    """Train with our public API; `settings` say how, else it is computed as `Settings` are by themselves."""
     clock = Clock()
     losses: list[float] = []
 
@@ -109,7 +110,7 @@ def run_ours(case: Case) -> Run:
             clock.begin()
 
     clock.begin()
-    found = train_adapter(case.recipe, case.base, case.examples, labels=case.labels, on_event=listen)
+    found = train_adapter(case.recipe, case.base, case.examples, labels=case.labels, settings=settings, on_event=listen)
     counts = [sum(len(example.ids) for example in rows) for rows in case.order()]
     assert len(counts) == len(losses) == len(found.history.losses)
     made = zip(clock.seconds, counts, losses, strict=True)

@@ -20,7 +20,9 @@ BaseOption = Annotated[
 ]
 QuantizeOption = Annotated[
     str | None,
-    typer.Option("--quantize", metavar="KIND", help="none, int8 or nf4 [default: as the adapter was trained]."),
+    typer.Option(
+        "--quantize", metavar="KIND", help="none, int8, nf4 or nf4-double [default: as the adapter was trained]."
+    ),
 ]
 TokensOption = Annotated[
     int | None,

@@ -28,6 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("chat", "Talk to a base and switch its adapters as you go."),
     "predict": ("predict", "Answer every row of a file."),
     "eval": ("eval", "Measure an adapter against its bare base."),
+    "conflicts": ("conflicts", "Compare what adapters would do to each other if they were combined."),
+    "combine": ("combine", "Combine adapters of one base into a new version, measured on their test data."),
+    "convert": ("convert", "Bring an adapter into plain LoRA, or to another rank, as a new version."),
     "merge": ("merge", "Bake an adapter into a checkpoint that plain transformers loads."),
     "base": ("base", "List, fetch and show base models."),
     "doctor": ("doctor", "Say what was chosen on this machine and why, and what is wrong."),
@@ -38,7 +41,7 @@ _SECTIONS = {
     "Start": ("demo", "train", "plan", "sweep", "tune", "runs", "recipes"),
     "Stored adapters": ("list", "show", "search", "log", "diff", "alias", "promote", "rollback", "remove"),
     "Move and keep them": ("import", "export", "push", "verify", "gc"),
-    "Use them": ("run", "chat", "predict", "eval", "merge"),
+    "Use them": ("run", "chat", "predict", "eval", "conflicts", "combine", "convert", "merge"),
     "This machine": ("base", "doctor"),
 }
 _HEAD = """usage: ahl COMMAND [OPTIONS]

@@ -9,7 +9,10 @@ from .render import Column, counted, fields, printable, seconds, size, table
 if TYPE_CHECKING:
     from ..training.planning.plan import Learning, Plan
 
-_ORDER = ("computation", "device", "dtype", "pack_tokens", "packing", "checkpointing", "working_copies")
+_ORDER = (
+    "computation", "device", "dtype", "pack_tokens", "packing", "checkpointing", "recompute_mlp", "offload",
+    "table_on_host", "working_copies",
+)  # fmt: skip
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -47,9 +50,10 @@ def _steps(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     memory = plan.memory
     limit = f"; --fit {size(plan.fit)}" if plan.fit is not None else ""
+    host = f"; of the host's memory {size(memory.on_host)}" if memory.on_host else ""
     return (
         f"{size(memory.peak)} at most: base {size(memory.base)}, adapters and optimiser {size(memory.adapters)}, "
-        f"computing {size(memory.work)}; {size(memory.available)} beyond the base are free{limit}"
+        f"computing {size(memory.work)}; {size(memory.available)} beyond the base are free{host}{limit}"
     )
 
 

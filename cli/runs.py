@@ -1,4 +1,4 @@
-"""`ahl runs`: training runs that have not ended, and the command that goes on with each."""
+"""`ahl runs`: runs and searches that have not ended, and the command that goes on with each."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .render import Column, age, emit, printable, say, size, table
 
 if TYPE_CHECKING:
     from ..store import Store
+    from ..workflows.search_trials import Waiting
 
 _COLUMNS = (
     Column("RUN"),
@@ -25,19 +26,26 @@ _COLUMNS = (
     Column("KEPT", 1),
     Column("SIZE", 3),
 )
+_SEARCH_COLUMNS = (
+    Column("SEARCH"),
+    Column("ADAPTERS", right=True),
+    Column("OF", 2, right=True),
+    Column("KEPT", 1),
+    Column("SIZE", 3),
+)
 
 
 def list_runs(store: Path | None = None, as_json: bool = False) -> None:
-    """Print the runs of a store, the latest first."""
+    """Print the runs of a store, then its searches, the latest first."""
     opened = open_store(store)
-    found = _runs(opened, store)
+    found, searches = _runs(opened, store), _searches(opened, store)
     if as_json:
-        emit({"store": str(opened.path), "runs": found})
+        emit({"store": str(opened.path), "runs": found, "searches": searches})
         return
-    if not found:
+    if not found and not searches:
         say(printable(f"No training run in {opened.path} waits to go on."))
         return
-    for index, line in enumerate(_lines(found)):
+    for index, line in enumerate([*_lines(found), *_search_lines(searches)]):
         say(*(["", *line] if index else line))
 
 
@@ -45,16 +53,28 @@ def _lines(found: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     for one in found:
         names, total = ", ".join(one["names"]), one["total"]
         row = (names, one["step"], total if total is not None else "?", age(one["time"]), size(one["bytes"]))
-        lines = table(_COLUMNS, [row])
+        lines, go_on = table(_COLUMNS, [row]), one["resume"] or one["problem"]
         if one["running"]:
             lines.append("  A process trains it now.")
+        elif one["diverged"]:
+            lines += [printable(f"  {name}: {told}") for name, told in one["diverged"].items()]
+            lines.append("  Change the recipe and train anew; `ahl gc --runs` removes this. If the machine erred:")
+            lines.append(printable(f"  {go_on}"))
         else:
-            lines.append(printable(f"  {one['resume'] or one['problem']}"))
+            lines.append(printable(f"  {go_on}"))
         yield lines
 
 
+def _search_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    for one in found:
+        name = f"{one['kind']} of {one['name']}"
+        row = (name, one["ended"], one["trials"] or "?", age(one["time"]), size(one["bytes"]))
+        told = "A process does it now." if one["running"] else one["resume"] or one["problem"]
+        yield [*table(_SEARCH_COLUMNS, [row]), printable(f"  {told}")]
+
+
 def _runs(store: Store, given: Path | None) -> list[dict[str, Any]]:
-    from ..training.runs.folders import checkpoints, run_folders, steps_done
+    from ..training.runs.folders import checkpoints, diverged, run_folders, steps_done
 
     found = []
     for folder in run_folders(store.path):
@@ -68,14 +88,68 @@ def _runs(store: Store, given: Path | None) -> list[dict[str, Any]]:
                     "names": [str(one.get("name")) for one in learners] or [folder.name],
                     "step": steps_done(folder),
                     "total": _total(learners),
-                    "time": datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                    "time": _written(time),
                     "bytes": sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()),
                     "running": _is_running(folder),
+                    "diverged": diverged(folder),
                     "resume": command,
                     "problem": problem,
                 }
             )
     return found
+
+
+def _searches(store: Store, given: Path | None) -> list[dict[str, Any]]:
+    """Sweeps and tunes that have not come to their end."""
+    from ..workflows.search_trials import waiting_searches
+
+    found = []
+    for one in waiting_searches(store.path):
+        command, problem = _search_command(one, given)
+        identity = one.head.get("identity")
+        name = identity.get("name") if isinstance(identity, dict) else None
+        found.append(
+            {
+                "folder": str(one.folder),
+                "kind": one.head["kind"],
+                "name": str(name or one.folder.name),
+                "ended": sum(not trial.is_open for trial in one.trials),
+                "trials": len(one.trials),
+                "time": _written(one.time),
+                "bytes": one.bytes,
+                "running": one.running,
+                "resume": command,
+                "problem": problem,
+            }
+        )
+    return found
+
+
+def _search_command(one: Waiting, given: Path | None) -> tuple[str, str]:
+    """The command that goes on with a search, or what stands in its way."""
+    from .searching import going_on
+
+    kind, asked, learner = one.head["kind"], one.head.get("asked"), one.head.get("identity")
+    if not isinstance(asked, dict) or not isinstance(learner, dict) or asked.get("space") is False:
+        more = ", space=..." if kind == "tune" else ", grid"
+        return "", f"It was begun from Python: {kind}(recipe{more}, resume=True) goes on."
+    try:
+        source, own_name, changed = _asked(learner)
+    except (AdapterHubError, LookupError, TypeError, AttributeError):
+        source = str(learner.get("source") or "its recipe")
+        return "", f"{source} is not what it was begun with; with the recipe as it was, `ahl {kind} ... --resume`."
+    options = [(f"--{key}", _option(key, value)) for key, value in asked.items()]
+    options += [("-o", changed), ("--name", learner["name"] if learner["name"] != own_name else None)]
+    return going_on([kind, source], options, given), ""
+
+
+def _option(key: str, value: Any) -> Any:
+    """A value as the command line takes it."""
+    return f"{value:.3f}".rstrip("0").rstrip(".") + "s" if key == "budget" and value is not None else value
+
+
+def _written(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _learners(folder: Path) -> list[dict[str, Any]]:

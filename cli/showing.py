@@ -15,11 +15,13 @@ from .render import age, counted, emit, fields, metrics, printable, say, seconds
 
 if TYPE_CHECKING:
     from ..formats.card import Card
+    from ..names import Ref
     from ..store import Manifest, Store
 
 _ORDER = ("name", "base", "quantize", "task", "data", "adapter", "training")
 _PLAIN = re.compile(r"[A-Za-z/][\w./-]*")
 _MADE = ("trained", "combined")  # kinds of origin; of an export of an import the card says when it was made, not how
+_REPORTS = 10  # of merges, the latest
 _SHAPE = ("rank", "alpha", "tokens", "tensors", "parameters")
 
 
@@ -47,6 +49,7 @@ def show_adapter(
         *_section("curve", _curve(card, name)),
         *_section("recipe", _recipe_lines(card.recipe or card.origin.get("claimed_recipe"))),
         *_section("files", _file_lines(manifest)),
+        *_section("merges", _merge_lines(opened.path, found)),
     )
     say("", *_next(opened, name, card), *drawn)
 
@@ -88,13 +91,24 @@ def _facts(card: Card, digest: str, folder: Path) -> list[tuple[str, object]]:
         ("took", seconds(card.duration_seconds) if card.duration_seconds is not None else ""),
         *((f"{split} data", _data(told)) for split, told in card.data.items()),
         ("seed", card.seed),
-        ("made from", ", ".join(card.parents)),
+        ("made from", _parents(card)),
         ("came from", _origin(card)),
         _made(card),
         ("libraries", ", ".join(f"{name} {version}" for name, version in card.libraries.items())),
         ("digest", digest),
         ("path", folder),
     ]
+
+
+def _parents(card: Card) -> str:
+    """The versions that it was made from: of a mix with weights, method and error."""
+    told, error = card.origin, card.origin.get("error")
+    members = [one for one in told.get("members") or () if isinstance(one, dict)]
+    weighed = told.get("kind") == "combined" and all(isinstance(one.get("weight"), int | float) for one in members)
+    names = [f"{one['weight']:g} * {one.get('ref')}" for one in members] if weighed else card.parents
+    parts = [" + ".join(names) if weighed else ", ".join(names), f"by {told['method']}" if told.get("method") else ""]
+    lost = f"relative error {error:.3g}" if isinstance(error, int | float) and error > 1e-9 else ""
+    return ", ".join(part for part in (*parts, lost) if part)
 
 
 def _imported(card: Card) -> str:
@@ -179,6 +193,22 @@ def _flow(value: Any) -> str:
 
 def _file_lines(manifest: Manifest) -> list[str]:
     return [f"{fact.sha256[:12]}  {size(fact.size):>8}  {name}" for name, fact in sorted(manifest.files.items())]
+
+
+def _merge_lines(root: Path, ref: Ref) -> list[str]:
+    """Merges that were made of it, the latest first, failed ones too; their reports are kept in the store."""
+    from ..store.reports import kept_reports
+
+    if ref.version is None:
+        return []
+    lines = []
+    for folder, told in kept_reports(root, ref.name, ref.version)[: -_REPORTS - 1 : -1]:
+        verdict = "passed" if told.get("passed") is True else "FAILED"
+        form = "" if told.get("to") in (None, "auto") else f" as {told['to']}"
+        lines.append(
+            f"{told.get('created')}  {verdict}  {told.get('adapter')}{form} in {told.get('out')}; report: {folder}"
+        )
+    return lines
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

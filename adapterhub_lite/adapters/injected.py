@@ -218,6 +218,22 @@ def inject_fresh(
     return wrapped, tree
 
 
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Have PEFT read the options of a method, as far as it does without layers.
+
+    Raises:
+        AdapterMismatch: it refuses them.
+    """
+    named = options.get("feedforward_modules") or ()  # IA3's, which have to be among the targets
+    targets = ["layer", *([named] if isinstance(named, str) else named)]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _config(method, options, targets, True)
+    except Exception as error:  # of a library
+        raise AdapterMismatch(f"PEFT refuses them for {method}: {_first_line(error)}", "Choose others.") from error
+
+
 def saved_tensors(wrapped: Any) -> dict[str, torch.Tensor]:
     """What PEFT would save of its model, by PEFT's keys."""
     import peft
@@ -240,7 +256,6 @@ def _wrap(
 ) -> nn.Module:
     """PEFT's model around the copy `root`, its layers as they begin."""
     import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kinds = {type(modules[target]).__name__ for target in targets}
     # PEFT asks the model whether it was quantised, and our views of one do not know.
@@ -248,12 +263,10 @@ def _wrap(
     if getattr(root, "config", None) is not None:
         root.config = copy.copy(root.config)
     try:
-        kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
-        config = kind(**copy.deepcopy(dict(options)), target_modules=list(targets), inference_mode=not train)
+        config = _config(method, options, targets, train)
         wrapped: nn.Module = peft.PeftModel(root, config, _ADAPTER)
     except Exception as error:  # of a library: a layer it does not know, sizes that do not divide
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f"{name}: PEFT cannot build its {method} layers in this base: {line}"
+        message = f"{name}: PEFT cannot build its {method} layers in this base: {_first_line(error)}"
         if kinds & _QUANTISED:
             raise Unsupported(message, "Load the base without quantisation.") from error
         raise AdapterMismatch(message, "Choose others." if train else "It was made for another model.") from error
@@ -262,6 +275,18 @@ def _wrap(
             message = f"{name}: PEFT has no {method} for quantised layers."
             raise Unsupported(message, "Load the base without quantisation.")
     return wrapped
+
+
+def _config(method: str, options: Mapping[str, Any], targets: list[str], train: bool) -> Any:
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
+    return kind(**copy.deepcopy(dict(options)), target_modules=list(targets), inference_mode=not train)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _knows_quantised(layer: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import BaseUnavailable
 from ..formats.safetensors_header import read_header
+from .quantization import state_tensors
 
 # Written by libraries, not by the model's makers: they change with no change of the model.
 _VOLATILE = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_commit_hash"})
@@ -31,7 +32,7 @@ _TENSOR_LIMIT = 500_000
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Digests (sha256, hexadecimal) that identify a base; `quantization` is none, int8 or nf4."""
+    """Digests (sha256, hexadecimal) that identify a base; `quantization` is none, int8, nf4 or nf4-double."""
 
     config: str
     tokenizer: str
@@ -127,7 +128,7 @@ def _live_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
         state = getattr(tensor, "quant_state", None)
         if state is not None:
-            yield f"{name}.absmax", state.absmax
+            yield from ((f"{name}.{part}", one) for part, one in state_tensors(state).items())
         for extra in ("CB", "SCB"):
             value = getattr(tensor, extra, None)
             if isinstance(value, torch.Tensor):

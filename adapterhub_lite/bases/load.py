@@ -130,7 +130,7 @@ def load_base(
     """Load a base by catalogue name, folder or Hub id.
 
     Args:
-        quantize: none, int8 or nf4.
+        quantize: none, int8, nf4 or nf4-double.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16, for activations and weights that are not quantised.
         working_copies: on a CPU, keep dequantised weights (faster, answers of the same bits); None: if memory allows.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantization import is_quantized
+from .quantization import is_quantized, state_tensors
 
 # A quarter of what is free now leaves room for activations, adapters and other programs.
 _SHARE_FOR_COPIES = 0.25
@@ -74,7 +74,7 @@ def available_bytes() -> int:
 def _state_bytes(tensor: torch.Tensor) -> int:
     state = getattr(tensor, "quant_state", None)
     if state is not None:
-        return int(state.absmax.nbytes)
+        return sum(one.nbytes for one in state_tensors(state).values())
     scale = getattr(tensor, "SCB", None)
     return int(scale.nbytes) if isinstance(scale, torch.Tensor) else 0
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..kernels.library import library
 from ..kernels.packed import NF4_BLOCK, PackedWeight, pack_dense, pack_int8, pack_nf4
 from .memory import available_bytes
-from .quantization import dense_weight, is_quantized
+from .quantization import dense_weight, is_quantized, nf4_scales
 
 # As for working copies: what is packed must leave room for activations, adapters and other programs.
 _SHARE = 0.25
@@ -46,7 +46,7 @@ def _device(module: Any) -> str:
 
 def _plain_nf4(module: Any) -> bool:
     state = module.weight.quant_state
-    plain = state.quant_type == "nf4" and state.blocksize == NF4_BLOCK and not state.nested
+    plain = state.quant_type == "nf4" and state.blocksize == NF4_BLOCK
     return plain and int(module.in_features) % NF4_BLOCK == 0
 
 
@@ -56,7 +56,7 @@ def _nf4(modules: Sequence[Any]) -> PackedWeight:
         data, state = module.weight.data.reshape(-1), module.weight.quant_state
         # bitsandbytes puts the first of two values in the upper half of a byte.
         codes.append(torch.stack([data >> 4, data & 15], 1).view(module.out_features, module.in_features))
-        scales.append(state.absmax.view(module.out_features, -1))
+        scales.append(nf4_scales(state).view(module.out_features, -1))
     return pack_nf4(torch.cat(codes), torch.cat(scales), modules[0].weight.quant_state.code)
 
 

@@ -31,7 +31,7 @@ _SOURCES = (
     *_HEADERS, "wide.c", "lanes.c", "forward.c", "matrices.c", "tall.c", "ragged.c", "encoder.c", "products.c",
     "training.c", "training_loss.c", "training_attention.c", "training_attention_back.c",
     "training_short.c", "training_lora.c", "training_encoder.c",
-    "training_encoder_back.c",
+    "training_encoder_back.c", "quantise.c", "merge.c",
 )  # fmt: skip
 # p: pointer, l: long, i: int, f: float
 _SIGNATURES = {
@@ -57,6 +57,9 @@ _SIGNATURES = {
     "ahl_encoder_room": "pi",
     "ahl_encoder_forward": "pi",
     "ahl_encoder_backward": "pi",
+    "ahl_merge": "p",
+    "ahl_nf4_search": "plplpllppppi",
+    "ahl_nf4_feedback": "plpppppi",
 }
 _ANSWERS = frozenset(
     {
@@ -69,6 +72,7 @@ _ANSWERS = frozenset(
         "ahl_are_spans",
         "ahl_encoder_forward",
         "ahl_encoder_backward",
+        "ahl_merge",
     }
 )
 _SECONDS = 120

@@ -1,20 +1,25 @@
-"""A checkpoint folder as tensors: read one at a time, written shard by shard."""
+"""A checkpoint folder as tensors: where their bytes lie, and what is to be written in their place."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..bases.fingerprint import weight_files
-from ..formats.safetensors_header import TensorInfo, read_header
-from ..store.fs import MUTABLE, FileSystem
+from ..errors import AdapterMismatch, BaseUnavailable
+from ..formats.safetensors_header import Header, TensorInfo, read_header
+from .dense import Edit
 
 _LIMITS = {"limit": 64 * 2**20, "max_tensors": 500_000}
+_AT_ONCE = 1 << 22
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,11 +36,67 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie: `offset` from the beginning of a file."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """The first dimension of a matrix; a vector has a row for each value."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """All others."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, fd: int, start: int, block: torch.Tensor) -> None:
+        """Fill block [rows, columns] with rows start, ... from the open file.
+
+        Raises:
+            BaseUnavailable: the file ends before.
+        """
+        view = bytes_of(block)
+        at = self.offset + start * self.columns * self.dtype.itemsize
+        while view:
+            count = os.preadv(fd, [view], at)
+            if not count:
+                raise cut_short(self.path)
+            view, at = view[count:], at + count
+
+
+def cut_short(path: Path) -> BaseUnavailable:
+    """The error of a file that ends before its header says."""
+    return BaseUnavailable(f"{path} ends early: it was changed meanwhile.", "Get the checkpoint anew.")
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint folder by name; bodies are read when asked for."""
+    """The tensors of a checkpoint folder by name; bodies are read when asked for.
+
+    Attributes:
+        shards: file name -> its tensors, in the order of their bytes.
+        stats: file name -> (size, inode, time of change in nanoseconds) when its header was read.
+    """
 
     folder: Path
     shards: dict[str, dict[str, TensorInfo]]
+    headers: dict[str, Header]
+    stats: dict[str, tuple[int, int, int]]
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -44,58 +105,119 @@ class Checkpoint:
         Raises:
             BaseUnavailable, FormatError: no or broken checkpoint.
         """
-        return cls(folder, {p.name: dict(read_header(p, **_LIMITS).tensors) for p in weight_files(folder)})
+        paths = weight_files(folder)
+        stats = {path.name: _stat(path) for path in paths}
+        headers = {path.name: read_header(path, **_LIMITS) for path in paths}
+        # Names of no bytes may begin where others do.
+        shards = {
+            file: dict(sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+            for file, header in headers.items()
+        }
+        return cls(folder, shards, headers, stats)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors of all shards."""
         return {name: info for shard in self.shards.values() for name, info in shard.items()}
 
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        return {name: file for file, shard in self.shards.items() for name in shard}
+
+    def place(self, name: str) -> Place:
+        """Where a tensor lies. KeyError where its dtype is none of `DTYPES`."""
+        file, info = self._files[name], self.tensors[name]
+        return Place(self.folder / file, self.headers[file].body_offset + info.begin, DTYPES[info.dtype], info.shape)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor."""
-        shard = next(file for file, tensors in self.shards.items() if name in tensors)
-        with safe_open(self.folder / shard, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+        return made(self.place(name), None, name)
+
+    def check_unchanged(self) -> None:
+        """Raise BaseUnavailable if a file is not the one whose header was read."""
+        for file, known in self.stats.items():
+            if _stat(self.folder / file) != known:
+                raise BaseUnavailable(f"{self.folder / file} was changed meanwhile.", "Merge again.")
+
+    def identity(self) -> str:
+        """Digest of the files as they were found: names, sizes, times and headers."""
+        whole = hashlib.sha256()
+        for file, stat in sorted(self.stats.items()):
+            infos = [(name, t.dtype, t.shape, t.begin) for name, t in self.shards[file].items()]
+            whole.update(repr((str(self.folder.resolve() / file), stat, infos)).encode())
+        return whole.hexdigest()
+
+
+def _stat(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return (found.st_size, found.st_ino, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor to write: its name, dtype and shape, and how to make it."""
+    """One tensor to write: its name, dtype and shape, and how to make it.
+
+    Attributes:
+        make: the tensor as a whole, in float32 before it is rounded to `dtype` where adapters change it.
+        source: the bytes that it is made of, row by row; None where only `make` knows how.
+        edit: what is done to them beside a change of dtype.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], torch.Tensor]
+    source: Place | None = None
+    edit: Edit | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its body."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether its bytes are those of the source."""
+        return self.source is not None and self.edit is None and self.dtype == self.source.dtype
 
 
-def write_shard(fs: FileSystem, path: Path, planned: Iterable[Planned], done: Callable[[int], None]) -> None:
-    """Write a safetensors file holding one tensor in memory at a time; durable when it returns.
+def planned(name: str, dtype: torch.dtype, source: Place, edit: Edit | None = None) -> Planned:
+    """A tensor that is made of another one's rows."""
+    return Planned(name, dtype, source.shape, partial(made, source, edit, name), source, edit)
 
-    Args:
-        done: called with the bytes of each tensor written.
-    """
-    tensors = list(planned)
-    fd = fs.create(path, MUTABLE)
+
+def made(source: Place, edit: Edit | None, name: str) -> torch.Tensor:
+    """A whole tensor: as it is stored, or edited in float32."""
+    fd = os.open(source.path, os.O_RDONLY)
     try:
-        _write_all(fs, fd, memoryview(_header(tensors)))
-        for tensor in tensors:
-            made = tensor.make().to(tensor.dtype).contiguous()
-            if tuple(made.shape) != tensor.shape:
-                raise ValueError(f"{tensor.name}: made {tuple(made.shape)}, planned {tensor.shape}")
-            _write_all(fs, fd, memoryview(made.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
-            done(tensor.nbytes)
-        fs.fsync(fd)
+        dtype = source.dtype if edit is None else torch.float32
+        whole = torch.empty(source.rows, source.columns, dtype=dtype)
+        if edit is None:
+            source.read(fd, 0, whole)
+            return whole.view(source.shape)
+        opened, rows = edit.open(), block_rows(source, edit, _AT_ONCE)
+        for start in range(0, source.rows, rows):
+            block = torch.empty(min(rows, source.rows - start), source.columns, dtype=source.dtype)
+            source.read(fd, start, block)
+            if not opened.into(block, start, whole[start : start + len(block)]):
+                raise not_finite(name)
+        return whole.view(source.shape)
     finally:
-        fs.close(fd)
+        os.close(fd)
+
+
+def block_rows(source: Place, edit: Edit | None, nbytes: int) -> int:
+    """How many rows of a tensor are about so many bytes and may be made at once."""
+    step = 1 if edit is None else edit.step
+    if not step:
+        return max(1, source.rows)
+    most = nbytes // max(1, source.columns * source.dtype.itemsize)
+    return max(step, most // step * step)
+
+
+def not_finite(name: str) -> AdapterMismatch:
+    """The error of values that are no numbers."""
+    return AdapterMismatch(f"Merging into {name} gives values that are not finite.", "Do not use this adapter.")
 
 
 def index_json(shards: dict[str, list[Planned]]) -> bytes:
@@ -107,7 +229,8 @@ def index_json(shards: dict[str, list[Planned]]) -> bytes:
     ).encode()
 
 
-def _header(tensors: list[Planned]) -> bytes:
+def header_bytes(tensors: list[Planned]) -> bytes:
+    """The beginning of a safetensors file whose tensors follow each other in this order."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for t in tensors:
@@ -116,8 +239,3 @@ def _header(tensors: list[Planned]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # bodies start aligned, as the format asks
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(fs: FileSystem, fd: int, view: memoryview) -> None:
-    while view:
-        view = view[fs.write(fd, view) :]

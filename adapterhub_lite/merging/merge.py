@@ -1,17 +1,24 @@
-"""Carry out a merge plan: a folder that plain transformers loads, staged until it has been verified."""
+"""Carry out a merge plan: a folder that plain transformers loads, staged until it has been verified.
+
+What dies on the way leaves no folder called `out`, but a hidden one beside it (`journal`), from which the same merge
+goes on: shards that were durable are looked at and taken over.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..errors import StoreError
-from ..events import Listener, Progress, ignore
-from ..store.fs import MUTABLE, FileSystem, discard, ensure_folder, new_tmp, storing, write_file
-from .checkpoint import index_json, write_shard
+from ..errors import AdapterHubError, StoreError
+from ..events import Listener, Note, Progress, ignore
+from ..store.fs import MUTABLE, FileSystem, ensure_folder, storing, write_file
+from .checkpoint import index_json
+from .journal import Work, claimed, remove_others, tell_others
 from .plan import MergePlan
+from .writer import is_written, shard_header, write_shard
 
 # What a checkpoint folder needs besides weights; nothing else of the base's folder is copied.
 _COPIED = (
@@ -28,6 +35,7 @@ _COPIED = (
     "chat_template.jinja",
 )
 REPORT = "merge_report.json"
+INDEX = "model.safetensors.index.json"
 
 
 @contextmanager
@@ -36,28 +44,69 @@ def staged_merge(
 ) -> Iterator[Path]:
     """Write the merged checkpoint beside `out` and yield that folder; leaving the block well moves it to `out`.
 
-    An exception in the block, or a crash, leaves no folder called `out`.
+    An exception in the block, or a crash, leaves no folder called `out`. If the merge itself is refused (an
+    AdapterHubError that is no StoreError) nothing is left; else shards that are done are kept for the same merge.
 
     Raises:
-        StoreError: `out` is a link, or exists and is not an empty folder; StoreFull: no space left.
+        StoreError: `out` is a link, or exists and is not an empty folder; another process merges into it; StoreFull: no
+            space left.
+    """
+    fs = fs or FileSystem()
+    with staged_folder(
+        plan_digest(plan),
+        out,
+        plan.nbytes,
+        lambda work: _write(fs, plan, base, work, on_event),
+        fs=fs,
+        on_event=on_event,
+    ) as folder:
+        yield folder
+
+
+@contextmanager
+def staged_folder(
+    identity: str,
+    out: Path,
+    nbytes: int,
+    write: Callable[[Work], None],
+    *,
+    fs: FileSystem | None = None,
+    on_event: Listener = ignore,
+) -> Iterator[Path]:
+    """`staged_merge` for what `write` puts into `work.checkpoint`, about `nbytes`.
+
+    Args:
+        identity: digest of all that decides the result.
     """
     fs = fs or FileSystem()
     out = out.expanduser().absolute()
     check_out(out)
     ensure_folder(fs, out.parent, next(parent for parent in out.parents if parent.is_dir()))
-    staged = new_tmp(out.parent)
-    try:
-        with storing(f"merge into {out}", out.parent, plan.nbytes):
-            fs.mkdir(staged)
-            _write(fs, plan, base, staged, on_event)
-        yield staged
-        with storing(f"publish {out}", out.parent):
-            fs.fsync_dir(staged)
-            fs.rename(staged, out)
-    except BaseException:
-        discard(fs, staged)
-        raise
-    fs.fsync_dir(out.parent)
+    with ExitStack() as stack:
+        with storing(f"merge into {out}", out.parent):
+            work = stack.enter_context(claimed(fs, out, identity))
+        try:
+            with storing(f"merge into {out}", out.parent, nbytes):
+                check_out(out)  # whoever held the folder before may just have put his there
+                tell_others(out, work.folder, on_event)
+                write(work)
+            yield work.checkpoint
+            with storing(f"publish {out}", out.parent):
+                work.publish()
+        except BaseException as error:
+            _leave(work, error)
+            raise
+        with storing(f"publish {out}", out.parent, hint="It is there, but a power cut may take it."):
+            fs.fsync_dir(out.parent)
+        work.remove()
+        remove_others(fs, out, work.folder, on_event)
+
+
+def plan_digest(plan: MergePlan) -> str:
+    """Digest of what a plan would write, so far as it can be told without writing it."""
+    listing = [(file, [(t.name, str(t.dtype), t.shape) for t in tensors]) for file, tensors in plan.shards.items()]
+    told = [plan.identity, listing, json.dumps(plan.config, sort_keys=True, default=str)]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def write_report(folder: Path, report: dict[str, object], fs: FileSystem | None = None) -> None:
@@ -66,7 +115,17 @@ def write_report(folder: Path, report: dict[str, object], fs: FileSystem | None 
     write_file(fs or FileSystem(), folder / REPORT, data.encode(), MUTABLE)
 
 
-def _write(fs: FileSystem, plan: MergePlan, base: Path, staged: Path, on_event: Listener) -> None:
+def _leave(work: Work, error: BaseException) -> None:
+    """Keep what another attempt can go on from, remove the rest."""
+    refused = isinstance(error, AdapterHubError) and not isinstance(error, StoreError)
+    if refused or not work.shards:
+        work.remove()
+    elif isinstance(error, StoreError):
+        kept = f"{len(work.shards)} of the files are done and kept in {work.folder}: the same merge goes on from there."
+        error.hint = f"{error.hint} {kept}"
+
+
+def _write(fs: FileSystem, plan: MergePlan, base: Path, work: Work, on_event: Listener) -> None:
     written = 0
 
     def done(count: int) -> None:
@@ -74,15 +133,39 @@ def _write(fs: FileSystem, plan: MergePlan, base: Path, staged: Path, on_event: 
         written += count
         on_event(Progress("merging", written, plan.nbytes, "bytes"))
 
+    kept = 0
     for file, tensors in plan.shards.items():
-        write_shard(fs, staged / file, tensors, done)
+        header, path = shard_header(plan.checkpoint, file, tensors), work.checkpoint / file
+        if file in work.shards:
+            if is_written(path, header, tensors):
+                kept += 1
+                done(sum(t.nbytes for t in tensors))
+                continue
+            work.drop(file)
+        if kept:
+            on_event(_taken_over(kept, plan))
+            kept = 0
+        write_shard(fs, path, header, tensors, done)
+        work.note(file)
+    if kept:
+        on_event(_taken_over(kept, plan))
+    if plan.checkpoint is not None:
+        plan.checkpoint.check_unchanged()
+    _write_others(fs, plan, base, work.checkpoint)
+
+
+def _taken_over(count: int, plan: MergePlan) -> Note:
+    return Note(f"{count} of {len(plan.shards)} shards were done by a merge that was interrupted; they are taken over.")
+
+
+def _write_others(fs: FileSystem, plan: MergePlan, base: Path, folder: Path) -> None:
     if len(plan.shards) > 1:
-        write_file(fs, staged / "model.safetensors.index.json", index_json(plan.shards), MUTABLE)
+        write_file(fs, folder / INDEX, index_json(plan.shards), MUTABLE)
     config = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
-    write_file(fs, staged / "config.json", config.encode(), MUTABLE)
+    write_file(fs, folder / "config.json", config.encode(), MUTABLE)
     for name in _COPIED:
         if (base / name).is_file():
-            write_file(fs, staged / name, (base / name).read_bytes(), MUTABLE)
+            write_file(fs, folder / name, (base / name).read_bytes(), MUTABLE)
 
 
 def check_out(out: Path) -> None:

@@ -1,33 +1,36 @@
 """Plan a merge: which checkpoint tensors change and how, without loading a model.
 
-W' = g * W + (s B) A for each adapted layer (g = 1 but for DoRA), computed in float32 and rounded once. An adapter that
-was trained on a quantised base can be baked into what that base really computed with (`dequantised`: every weight goes
-through the quantisation and back) or into the checkpoint's own weights (`original`).
+W' = W + the sum of w_i dW_i over the adapters, computed in float32 and rounded once; dW is what an adapter alone does
+to the frozen weight (`dense`). An adapter that was trained on a quantised base can be baked into what that base really
+computed with (`dequantised`: every weight goes through the quantisation and back) or into the checkpoint's own weights
+(`original`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.fit import Fitted, Target, fit
-from ..adapters.lora import LoraSite
-from ..adapters.sites import is_conv1d
-from ..bases.quantization import quantized_round_trip
+from ..bases.load import checked_config
 from ..bases.skeleton import skeleton_of
-from ..bases.views import HEAD_NAMES, View
+from ..bases.views import HEAD_NAMES, VIEWS, View
 from ..errors import AdapterMismatch, Unsupported
-from ..formats.specs import FactoredSpec, LoraSpec
-from .checkpoint import DTYPES, Checkpoint, Planned
+from .checkpoint import DTYPES, Checkpoint, Planned, not_finite, planned
+from .dense import Edit
+from .edits import BiasTerm, Edits, changed_bias, edits_of
+from .merged import content_digest, noted, refuse_again
+from .places import Places, Tie
 
 BAKES = ("auto", "dequantised", "original")
+Member = tuple[Adapter, float]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,11 @@ class MergePlan:
 
     Attributes:
         shards: file name -> tensors in order.
-        changed: names of the tensors that the adapter changes.
+        changed: names of the tensors that adapters change.
         config: the merged model's configuration.
+        checkpoint: what it is made of.
+        identity: digest of all that decides the values: whoever makes other values of the same plan uses `varied`.
+        notes: lines a person should read.
     """
 
     shards: dict[str, list[Planned]]
@@ -46,65 +52,69 @@ class MergePlan:
     bake: str
     quantization: str
     dtype: str
+    checkpoint: Checkpoint | None = None
+    identity: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for tensors in self.shards.values() for t in tensors)
 
+    def varied(self, how: str, **changes: Any) -> MergePlan:
+        """A plan made of this one, whose tensors have other values; `how` tells one way from another."""
+        identity = hashlib.sha256(f"{self.identity}\n{how}".encode()).hexdigest()
+        return replace(self, identity=identity, **changes)
+
 
 def plan_merge(
-    adapter: Adapter, checkpoint: Checkpoint, *, quantization: str, bake: str, dtype: str, labels: list[str] | None
+    adapters: Sequence[Member] | Adapter,
+    checkpoint: Checkpoint,
+    *,
+    quantization: str,
+    bake: str,
+    dtype: str,
+    labels: list[str] | None,
+    again: bool = False,
 ) -> MergePlan:
-    """Plan the merge of a LoRA or DoRA adapter into a checkpoint.
+    """Plan the merge of adapters into a checkpoint: LoRA, DoRA, AdaLoRA, LoHa, LoKr and IA3, in any mix.
 
     Args:
-        quantization: of the base the adapter was trained on: none, int8 or nf4.
+        adapters: each with the factor on its change; one alone has the factor 1.
+        quantization: of the base the adapters were trained on: none, int8 or nf4.
         bake: dequantised, original, or auto (dequantised if the base was quantised).
         dtype: float32, bfloat16, float16, or auto (each tensor keeps its own).
         labels: label names, for an adapter with a classification head.
+        again: merge an adapter that is in this checkpoint already a second time.
 
     Raises:
-        Unsupported: a prefix, an adapted output layer that is tied to the embeddings, an unknown option.
-        AdapterMismatch: the adapter does not fit the checkpoint.
+        Unsupported: an adapter that does not change weights, two heads, a merge for the second time, an unknown option.
+        AdapterMismatch: an adapter does not fit the checkpoint.
     """
-    _check_options(adapter, bake, dtype)
+    members = [(adapters, 1.0)] if isinstance(adapters, Adapter) else list(adapters)
+    _check_options(members, bake, dtype)
     bake = ("original" if quantization == "none" else "dequantised") if bake == "auto" else bake
-    config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
-    view = skeleton_of(config, adapter.spec.task_type)
-    fitted = fit(adapter, _target(view, checkpoint, quantization if bake == "dequantised" else "none"))
-    places = _Places(view, checkpoint)
-    changes = {places.weight_of(module): (module, site) for module, site in fitted.sites.items()}
-    baked = set()
+    config = checked_config(checkpoint.folder)
+    digests = [adapter.digest or content_digest(adapter) for adapter, _ in members]
+    if not again:
+        refuse_again(config, [adapter for adapter, _ in members], digests)
+    draft = _Draft(checkpoint, config)
+    for adapter, weight in members:
+        draft.take(adapter, weight)
     if bake == "dequantised":
-        skipped = (*HEAD_NAMES, "lm_head", "embed_out")
-        quantised = [m for n, m in view.modules.items() if isinstance(m, nn.Linear) and n.split(".")[-1] not in skipped]
-        baked = {places.weight_of(m) for m in quantised}
-    shards = {
-        file: [_planned(checkpoint, n, changes.get(n), quantization if n in baked else "none", dtype) for n in tensors]
-        for file, tensors in checkpoint.shards.items()
-    }
-    _add_biases(shards, fitted, places, checkpoint)
-    if fitted.head is not None:
-        config = _add_head(shards, fitted.head, view, config, labels)
-    if dtype != "auto":
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)
-    return MergePlan(shards, sorted(changes), config, bake, quantization, dtype)
+        draft.bake(quantization)
+    shards = draft.shards(dtype)
+    config = noted(draft.config(labels, dtype), [a.name for a, _ in members], digests, [w for _, w in members])
+    identity = _identity(checkpoint, digests, [w for _, w in members], quantization, bake, dtype, labels)
+    return MergePlan(shards, draft.changed, config, bake, quantization, dtype, checkpoint, identity, draft.notes)
 
 
-def _check_options(adapter: Adapter, bake: str, dtype: str) -> None:
-    if not isinstance(adapter.spec, LoraSpec | FactoredSpec):
-        what = {
-            "Ia3Spec": "an IA3 adapter: merging does not know its factors yet",
-            "PrefixSpec": "a prefix: keys and values before the text, not a change of weights",
-            "PromptSpec": "a prompt: virtual tokens before the text, not a change of weights",
-            "InjectedSpec": "of a method that PEFT's own layers compute: merging does not know what they do to weights",
-        }[type(adapter.spec).__name__]
-        raise Unsupported(
-            f"{adapter.name} is {what}.",
-            "Serve it with its base, or train a LoRA adapter to merge.",
-        )
+def _check_options(members: Sequence[Member], bake: str, dtype: str) -> None:
+    if not members:
+        raise Unsupported("There is no adapter to merge.", "Name one.")
+    for adapter, weight in members:
+        if not math.isfinite(weight):
+            raise Unsupported(f"{adapter.name} has the weight {weight}.", "Use a number such as 0.7.")
     if bake not in BAKES:
         raise Unsupported(f"{bake!r} is not a way to bake.", f"Use {', '.join(BAKES)}.")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -113,98 +123,142 @@ def _check_options(adapter: Adapter, bake: str, dtype: str) -> None:
         )
 
 
-def _target(view: View, checkpoint: Checkpoint, quantization: str) -> Target:
-    places = _Places(view, checkpoint)
-
-    def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-        weight = checkpoint.read(places.weight_of(module)).to(dtype)
-        return weight if is_conv1d(module) else quantized_round_trip(weight, quantization)
-
-    return Target(view.modules, view.model.config, view.head, view.head_name, dense_weight)
+def _identity(checkpoint: Checkpoint, digests: list[str], weights: list[float], *options: Any) -> str:
+    return hashlib.sha256(repr((1, checkpoint.identity(), digests, weights, options)).encode()).hexdigest()
 
 
-class _Places:
-    """Where a module's tensors lie in a checkpoint, whose names may lack or carry the backbone's prefix."""
+class _Draft:
+    """A plan in the making: what all adapters change, by the checkpoint's names."""
 
-    def __init__(self, view: View, checkpoint: Checkpoint) -> None:
-        self._names = {module: name for name, module in view.modules.items()}
-        self._tensors = checkpoint.tensors
-        self._prefix = f"{getattr(view.model, 'base_model_prefix', '')}."
+    def __init__(self, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+        self._checkpoint, self._config = checkpoint, config
+        self._view_of: Callable[[str], View] = cache(partial(skeleton_of, config))
+        self._view: View | None = None  # the class that the merged model has
+        self._edits: dict[str, Edit] = {}
+        self._biases: dict[str, list[BiasTerm]] = {}
+        self._head: tuple[str, View, dict[str, torch.Tensor]] | None = None
+        self._untied: dict[str, tuple[str, Edit]] = {}  # a tensor that gets a place of its own -> (source, edit)
+        self._adapted: set[str] = set()
+        self.notes: list[str] = []
 
-    def weight_of(self, module: nn.Module) -> str:
-        """The name of a module's weight tensor."""
-        return self.tensor(f"{self._names[module]}.weight")
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors that adapters change."""
+        edited = {name for name, edit in self._edits.items() if edit.terms}
+        return sorted(edited | set(self._biases) | set(self._untied))
 
-    def bias_of(self, module: nn.Module) -> str:
-        """The name of a module's bias tensor."""
-        return self.tensor(f"{self._names[module]}.bias")
+    def take(self, adapter: Adapter, weight: float) -> None:
+        """Add what one adapter changes."""
+        task = adapter.spec.task_type
+        view = self._view_of(task if task in VIEWS else "default")
+        edits = edits_of(adapter, weight, view)
+        if edits.head:
+            if self._head is not None:
+                raise Unsupported(
+                    f"{self._head[0]} and {adapter.name} both bring a classification head, and a model has one.",
+                    "Merge one of them.",
+                )
+            assert view.head is not None
+            view.head.build(edits.head)  # says what is wrong with it
+            if weight != 1.0:
+                self.notes.append(f"The head of {adapter.name} is taken as it is: its weight is for the layers alone.")
+            self._head, self._view = (adapter.name, view, edits.head), view
+        self._view = self._view or view
+        self._place(adapter, edits, view)
 
-    def tensor(self, name: str) -> str:
-        """A model's tensor name -> the checkpoint's name for it.
+    def _place(self, adapter: Adapter, edits: Edits, view: View) -> None:
+        places, tie = Places(view, self._checkpoint), Tie(view, self._config)
+        self._adapted |= set(edits.weights)
+        broken = tie.broken_by(set(edits.weights))
+        if broken:
+            self._untie(tie, places)
+        for module, term in edits.weights.items():
+            if broken and module == tie.output:
+                name, (source, edit) = next(iter(self._untied.items()))
+                self._untied[name] = source, edit.plus(term)
+            else:
+                name = places.tensor(f"{module}.weight")
+                self._edits[name] = self._edits.get(name, Edit()).plus(term)
+        for module, change in edits.biases.items():
+            if getattr(view.modules[module], "bias", None) is None:
+                raise AdapterMismatch(
+                    f"{adapter.name} adds a bias to {module} (lora_bias), which has none here.",
+                    "This model's class has no place for it: serve the adapter with its base.",
+                )
+            self._biases.setdefault(places.tensor(f"{module}.bias"), []).append(change)
 
-        Raises:
-            AdapterMismatch: it is not there (or tied to another tensor).
-        """
-        for candidate in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"):
-            if candidate in self._tensors:
-                return candidate
-        raise AdapterMismatch(
-            f"The checkpoint has no tensor {name}.",
-            "An output layer tied to the embeddings cannot be changed alone; this merge is refused.",
+    def _untie(self, tie: Tie, places: Places) -> None:
+        """The output layer becomes a tensor of its own, which begins as the embeddings."""
+        if self._untied:
+            return
+        name, source = f"{tie.output}.weight", places.tensor(f"{tie.input}.weight")
+        self._untied[name] = source, Edit()
+        self.notes.append(
+            f"{tie.output} and {tie.input} are one tensor in the base; since an adapter changes one of them, "
+            "the merged model has both (tie_word_embeddings is false)."
         )
 
+    def bake(self, quantization: str) -> None:
+        """Let every weight that a quantised base would hold go through the quantisation and back."""
+        assert self._view is not None
+        places = Places(self._view, self._checkpoint)
+        skipped = (*HEAD_NAMES, "lm_head", "embed_out")
+        for name, module in self._view.modules.items():
+            tensor = f"{name}.weight"
+            if isinstance(module, nn.Linear) and name.split(".")[-1] not in skipped and places.there(tensor):
+                found = places.tensor(tensor)
+                self._edits[found] = replace(self._edits.get(found, Edit()), quantization=quantization)
 
-def _planned(
-    checkpoint: Checkpoint,
-    name: str,
-    change: tuple[nn.Module, LoraSite] | None,
-    quantization: str,
-    dtype: str,
-) -> Planned:
-    info = checkpoint.tensors[name]
-    own = DTYPES.get(info.dtype)
-    if own is None:
-        raise Unsupported(f"Tensor {name} is {info.dtype}, which is not merged.", "Use a float checkpoint.")
-    target = own if dtype == "auto" or not own.is_floating_point else getattr(torch, dtype)
-    make = partial(_make, checkpoint, name, change, quantization)
-    return Planned(name, target, tuple(info.shape), make)
+    def shards(self, dtype: str) -> dict[str, list[Planned]]:
+        """File name -> tensors in order."""
+        shards = {
+            file: [self._planned(name, dtype) for name in tensors if name not in self._untied]
+            for file, tensors in self._checkpoint.shards.items()
+        }
+        if self._head is not None:
+            _put_head(shards, self._head[1], self._head[2])
+        last = list(shards)[-1]
+        for name, (source, edit) in self._untied.items():
+            place = self._checkpoint.place(source)
+            shards[last].append(planned(name, _target(place.dtype, dtype), place, edit if edit.terms else None))
+        return shards
+
+    def _planned(self, name: str, dtype: str) -> Planned:
+        info = self._checkpoint.tensors[name]
+        if info.dtype not in DTYPES:
+            raise Unsupported(f"Tensor {name} is {info.dtype}, which is not merged.", "Use a float checkpoint.")
+        place = self._checkpoint.place(name)
+        target, terms = _target(place.dtype, dtype), self._biases.get(name)
+        edit = self._edits.get(name)
+        if terms:
+            return Planned(name, target, place.shape, partial(_bias, self._checkpoint, name, terms))
+        if edit is not None and (edit.terms or edit.quantization != "none") and not place.dtype.is_floating_point:
+            raise Unsupported(f"Tensor {name} is {info.dtype}, which is not merged.", "Use a float checkpoint.")
+        return planned(name, target, place, edit)
+
+    def config(self, labels: list[str] | None, dtype: str) -> dict[str, Any]:
+        """The merged model's configuration."""
+        config = dict(self._config)
+        if self._untied:
+            config["tie_word_embeddings"] = False
+        if self._head is not None:
+            config = _with_labels(config, self._head[1], self._head[2], labels)
+        if dtype != "auto":
+            config["dtype"] = dtype
+            config.pop("torch_dtype", None)
+        return config
 
 
-def _make(
-    checkpoint: Checkpoint, name: str, change: tuple[nn.Module, LoraSite] | None, quantization: str
-) -> torch.Tensor:
-    weight = checkpoint.read(name)
-    if change is None and quantization == "none":
-        return weight
-    dense = quantized_round_trip(weight.float(), quantization)
-    if change is None:
-        return dense
-    module, site = change
-    delta = site.up @ site.down
-    delta = delta.T if is_conv1d(module) else delta
-    if site.gain is not None:
-        dense = dense * (1 + site.gain if is_conv1d(module) else (1 + site.gain)[:, None])
-    merged = dense + delta
-    if not bool(torch.isfinite(merged).all()):
-        raise AdapterMismatch(f"Merging into {name} gives values that are not finite.", "Do not use this adapter.")
-    return merged
+def _target(own: torch.dtype, dtype: str) -> torch.dtype:
+    found: torch.dtype = own if dtype == "auto" or not own.is_floating_point else getattr(torch, dtype)
+    return found
 
 
-def _add_biases(shards: dict[str, list[Planned]], fitted: Fitted, places: _Places, checkpoint: Checkpoint) -> None:
-    """Fold lora_bias into the layers' own biases."""
-    for module, site in fitted.sites.items():
-        if site.bias is None:
-            continue
-        name = places.bias_of(module)
-        for tensors in shards.values():
-            for i, planned in enumerate(tensors):
-                if planned.name == name:
-                    make = partial(_sum, checkpoint, name, site.bias)
-                    tensors[i] = Planned(name, planned.dtype, planned.shape, make)
-
-
-def _sum(checkpoint: Checkpoint, name: str, bias: torch.Tensor) -> torch.Tensor:
-    return checkpoint.read(name).float() + bias
+def _bias(checkpoint: Checkpoint, name: str, terms: list[BiasTerm]) -> torch.Tensor:
+    total = changed_bias(checkpoint.read(name).float(), terms)
+    if not bool(torch.isfinite(total).all()):
+        raise not_finite(name)
+    return total
 
 
 def _lacks(modules: Mapping[str, nn.Module], tensor: str, prefix: str) -> bool:
@@ -213,26 +267,30 @@ def _lacks(modules: Mapping[str, nn.Module], tensor: str, prefix: str) -> bool:
     return module not in modules and f"{prefix}{module}" not in modules
 
 
-def _add_head(
-    shards: dict[str, list[Planned]], head: nn.Module, view: View, config: dict[str, Any], labels: list[str] | None
-) -> dict[str, Any]:
-    """Put the head's tensors in the last shard and name the classes in the configuration."""
-    modules = view.modules
-    prefix = f"{getattr(view.model, 'base_model_prefix', '')}."
+def _put_head(shards: dict[str, list[Planned]], view: View, head: Mapping[str, torch.Tensor]) -> None:
+    """Put the head's tensors in the last shard, and name the others as the class with a head does."""
+    modules, prefix = view.modules, f"{getattr(view.model, 'base_model_prefix', '')}."
     for tensors in shards.values():
         tensors[:] = [p for p in tensors if p.name.split(".")[0] not in HEAD_NAMES and p.name != "lm_head.weight"]
         tensors[:] = [p for p in tensors if not _lacks(modules, p.name, prefix)]
-        for i, p in enumerate(tensors):
-            if p.name.rpartition(".")[0] not in modules:
-                tensors[i] = Planned(f"{prefix}{p.name}", p.dtype, p.shape, p.make)
+        tensors[:] = [
+            p if p.name.rpartition(".")[0] in modules else replace(p, name=f"{prefix}{p.name}") for p in tensors
+        ]
     last = list(shards)[-1]
-    state: Mapping[str, torch.Tensor] = head.state_dict()
     dtype = next((p.dtype for tensors in shards.values() for p in tensors if p.dtype.is_floating_point), torch.float32)
-    for name, tensor in state.items():
+    for name, tensor in head.items():
         shards[last].append(Planned(f"{view.head_name}.{name}", dtype, tuple(tensor.shape), tensor.clone))
+
+
+def _with_labels(
+    config: dict[str, Any], view: View, head: Mapping[str, torch.Tensor], labels: list[str] | None
+) -> dict[str, Any]:
+    """The configuration of the class with a head, with its classes' names."""
+    assert view.head is not None
+    state = view.head.build(head).state_dict()
     count = list(state.values())[-1].shape[0]
     names = labels or [f"LABEL_{i}" for i in range(count)]
-    merged = {**config, "architectures": [type(view.model).__name__], "num_labels": count}
-    merged["id2label"] = {str(i): n for i, n in enumerate(names)}
-    merged["label2id"] = {n: i for i, n in enumerate(names)}
-    return merged
+    made = {**config, "architectures": [type(view.model).__name__], "num_labels": count}
+    made["id2label"] = {str(i): n for i, n in enumerate(names)}
+    made["label2id"] = {n: i for i, n in enumerate(names)}
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +19,7 @@ from .schema import FileData, Recipe
 from .training import LEARNING_RATES
 
 Overrides = Mapping[str, object] | Sequence[str]
-_ABOUT_RECIPE = ("source", "folder", "sha256")
+_ABOUT_RECIPE = ("source", "folder", "sha256", "lines")
 _MOST = 100  # problems shown
 
 
@@ -61,7 +61,7 @@ def changed_recipe(recipe: Recipe, overrides: Overrides) -> Recipe:
     found: Recipe | None = None
     if root is not None:
         _override(root, overrides, problems)
-        about = {key: getattr(recipe, key) for key in _ABOUT_RECIPE}
+        about = {key: getattr(recipe, key) for key in _ABOUT_RECIPE} | {"lines": {}}
         found = read_section(At(root, "recipe", problems), Recipe, defaults=about)
     if found is None or problems:
         raise RecipeError(recipe.source, problems[:_MOST])
@@ -163,7 +163,7 @@ def _recipe(root: Node | None, path: Path, raw: bytes, problems: list[Problem]) 
     if root is None:
         return None
     digest = hashlib.sha256(raw).hexdigest()
-    about = {"source": str(path), "folder": path.absolute().parent, "sha256": digest}
+    about = {"source": str(path), "folder": path.absolute().parent, "sha256": digest, "lines": dict(_lines(root))}
     recipe = read_section(At(root, "recipe", problems), Recipe, defaults=about)
     if recipe is None or _given(root, "training", "learning_rate"):
         return recipe
@@ -175,6 +175,17 @@ def _given(node: Node | None, *keys: str) -> bool:
     for key in keys:
         node = node.entries.get(key) if isinstance(node, Table) else None
     return node is not None
+
+
+def _lines(node: Node, path: str = "") -> Iterator[tuple[str, int]]:
+    """Path and line of every field."""
+    if not isinstance(node, Table):
+        return
+    for key, child in node.entries.items():
+        here = f"{path}.{key}" if path else key
+        if key in node.lines:
+            yield here, node.lines[key]
+        yield from _lines(child, here)
 
 
 def _line(node: Node | None, path: str) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from .readers import At, read_checked, read_choice, read_integer, read_number
 from .template import columns
 from .training import TrainingConfig
 
-METRICS = ("exact_match", "sql_execution")
+METRICS = ("rouge_l", "exact_match", "sql_execution")
 """What an instruct task can be measured by."""
-QUANTIZATIONS = ("none", "int8", "nf4")
+QUANTIZATIONS = ("none", "int8", "nf4", "nf4-double")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -45,7 +45,9 @@ class InstructTask:
     """System message; None leaves it to the base's chat template."""
     max_new_tokens: int = fields.integer(64, low=1, high=8192)
     """Longest answer when the task is measured."""
-    metrics: tuple[str, ...] = fields.choices(("exact_match",), among=METRICS)
+    metrics: tuple[str, ...] = fields.choices(("rouge_l", "exact_match"), among=METRICS)
+    """What answers are measured by; the first decides. Of free text hardly any answer is the expected one word for
+    word, but more or less of it is."""
 
     def contradictions(self, given: set[str]) -> Iterator[tuple[str, str]]:
         """What is wrong between fields, of which `given` were written."""
@@ -287,13 +289,22 @@ class Recipe:
     training: TrainingConfig = fields.section(partial(read_section, cls=TrainingConfig), TrainingConfig())
     start_from: str | None = fields.checked(_reference, None)
     """A stored version (`sql@3`, `sql:prod`, `sql`) whose values the adapter starts with instead of fresh ones."""
-    quantize: Literal["none", "int8", "nf4"] = fields.choice("none", among=QUANTIZATIONS)
+    quantize: Literal["none", "int8", "nf4", "nf4-double"] = fields.choice("none", among=QUANTIZATIONS)
+    """Form of the base's linear layers; nf4-double quantises the scales of nf4, too."""
     source: str = ""
     """Where it was read from, for messages."""
     folder: Path | None = None
     """What relative data paths start from."""
     sha256: str = ""
     """Digest of the text it was read from, before overrides."""
+    lines: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Where in `source` each field stands, by its path; not of those that overrides set."""
+
+    def line_of(self, path: str) -> int:
+        """The line of a field, or of what it lies in; 0 where it was not written in `source`."""
+        while path and path not in self.lines:
+            path = path.rpartition(".")[0]
+        return self.lines.get(path, 0)
 
     def contradictions(self, given: set[str]) -> Iterator[tuple[str, str]]:
         """What is wrong between parts, of which `given` were written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -92,14 +93,29 @@ class TrainingConfig:
     writes one only when the run is asked to stop."""
     pack_tokens: int | str = fields.section(_read_tokens, AUTO)
     """Tokens that go through the model at once; a step's rows are computed in as many packs as that takes. This field
-    and the next two are about speed and memory, not about what is learnt; `auto` is chosen by what fits."""
+    and the next five are about speed and memory, not about what is learnt; `auto` is chosen by what fits."""
     checkpointing: bool | str = fields.section(_read_switch, AUTO)
     """Keep each layer's input alone, and compute the rest again: less memory, a third more time."""
+    recompute_mlp: bool | str = fields.section(_read_switch, AUTO)
+    """Keep all of a layer but the widest part of its feed-forward half, and compute that again: less memory, a sixth
+    more time (decoders built as Llama is)."""
+    offload: bool | str = fields.section(_read_switch, AUTO)
+    """With `checkpointing` on a GPU: keep the layers' inputs in the host's memory (decoders built as Llama is)."""
+    table_on_host: bool | str = fields.section(_read_switch, AUTO)
+    """Keep the table of input embeddings in the host's memory while a GPU learns, where the output layer has another
+    one (decoders built as Llama is)."""
     working_copies: bool | str = fields.section(_read_switch, AUTO)
     """Keep the weights of a quantised base on a CPU dequantised as well: more memory, less time."""
     precision: str = fields.choice(AUTO, among=(AUTO, "float32", "bfloat16"))
     """How products with a float32 base are computed on a CPU; bfloat16 is heard where the processor has units for it
     (AMX), and `auto` takes it there if it is much faster. Parameters, gradients and all else stay float32."""
+
+    def contradictions(self, given: set[str]) -> Iterator[tuple[str, str]]:
+        """What is wrong between fields, of which `given` were written."""
+        if self.recompute_mlp is True and self.checkpointing is True:
+            yield "recompute_mlp", "is part of what checkpointing: true computes again; set one of them."
+        if self.offload is True and self.checkpointing is False:
+            yield "offload", "keeps the inputs that checkpointing computes from; checkpointing cannot be false."
 
     @property
     def checkpoint_steps(self) -> int | None:

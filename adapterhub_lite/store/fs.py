@@ -38,6 +38,21 @@ class FileSystem:
         """Write some of `data` and return how many bytes."""
         return os.write(fd, data)
 
+    def copy_range(self, source: int, target: int, offset: int, count: int) -> int:
+        """Append at most `count` bytes of the open file `source`, from `offset` on, to `target`; how many it were.
+
+        The system copies them, without copying where the file system can share them. OSError where it cannot do so.
+        """
+        if not hasattr(os, "copy_file_range"):
+            raise OSError(errno.ENOSYS, "no copy_file_range here")
+        return os.copy_file_range(source, target, count, offset)
+
+    def begin_sync(self, fd: int, offset: int, count: int) -> None:
+        """Let the disk begin with some bytes of an open file; a hint, after which nothing is durable yet."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
+
     def fsync(self, fd: int) -> None:
         """Make the bytes of an open file durable."""
         os.fsync(fd)

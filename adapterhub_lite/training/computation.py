@@ -57,6 +57,23 @@ class Learner:
 
 
 @dataclass(frozen=True)
+class Load:
+    """One forward and backward, as far as its cost goes.
+
+    Attributes:
+        rows: indices of the rows, of those that were asked about.
+        tokens: that go through the model, padding included.
+        squares: sum of what each token attends to, times two: the squared lengths of rows.
+        supervised: tokens or texts that have a loss.
+    """
+
+    rows: tuple[int, ...]
+    tokens: int
+    squares: int
+    supervised: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """How a step is computed; none of it changes what is computed.
 
@@ -67,6 +84,7 @@ class Settings:
         dropout_of_base: encoders train with their own dropout.
         recompute_mlp: without `checkpoint`, keep all but gate and up, which are multiplied again in the backward: less
             memory than keeping all, faster than `checkpoint` (decoders built as Llama is).
+        table_on_host: while learning, the table of input embeddings is in the host's memory; see `memory.offload`.
     """
 
     pack_tokens: int = 1024
@@ -74,6 +92,7 @@ class Settings:
     dropout_of_base: bool = True
     offload: bool = False
     recompute_mlp: bool = False
+    table_on_host: bool = False
 
 
 class Computation(Protocol):
@@ -86,6 +105,16 @@ class Computation(Protocol):
 
     name: str
     why: str
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows are made as long as the longest beside them."""
+        ...
+
+    @property
+    def on_host(self) -> int:
+        """Bytes that it keeps in the host's memory for a device, as far as packs have asked for them."""
+        ...
 
     def gradients(self, rows: Sequence[Row]) -> list[Sums]:
         """Add the gradients of each row's summed loss to its learner's parameters' `.grad` (made where None).
@@ -102,6 +131,18 @@ class Computation(Protocol):
         """The same sums without gradients and with all dropout off."""
         ...
 
+    def loads(self, rows: Sequence[Row], training: bool = True) -> list[Load]:
+        """The packs in which `gradients` goes over these rows, or `losses` where not `training`; computes nothing."""
+        ...
+
+    def tokens(self, row: Row) -> int:
+        """Tokens of a row as its `Sums` count them."""
+        ...
+
+    def release(self) -> None:
+        """Give all buffers back; a later call makes them anew."""
+        ...
+
 
 def make_computation(base: Base, learners: Sequence[Learner], settings: Settings) -> Computation:
     """The fastest computation that covers this base and these learners; each learner has the kind it has alone."""
@@ -110,13 +151,34 @@ def make_computation(base: Base, learners: Sequence[Learner], settings: Settings
     makers = {"decoder": _decoder, "encoder": _encoder, "modules": _modules}
     groups: dict[tuple[str, str], list[int]] = {}
     for i, learner in enumerate(learners):
-        kind = next(kind for kind in makers if _declined(kind, base, learner) is None)
-        groups.setdefault((kind, learner.task_type), []).append(i)
+        groups.setdefault((_kind(base, learner), learner.task_type), []).append(i)
     shares = [
         Share(tuple(places), makers[kind](base, [learners[i] for i in places], settings))
         for (kind, _), places in groups.items()
     ]
     return shares[0].computation if len(shares) == 1 else Divided(shares)
+
+
+def heeded(base: Base, learners: Sequence[Learner]) -> frozenset[str]:
+    """Which of the `Settings` that save memory change something here: `recompute_mlp`, `offload` and
+    `table_on_host`; every computation heeds `pack_tokens` and `checkpoint`.
+    """
+    from .memory.offload import movable_table
+
+    kinds = [_kind(base, learner) for learner in learners]
+    found = set()
+    if "decoder" in kinds:
+        found.add("recompute_mlp")
+        if base.device.type == "cuda":
+            found.add("offload")
+        if set(kinds) == {"decoder"} and movable_table(base) is not None:
+            found.add("table_on_host")
+    return frozenset(found)
+
+
+def _kind(base: Base, learner: Learner) -> str:
+    """The kind of computation that covers a learner."""
+    return next(kind for kind in ("decoder", "encoder", "modules") if _declined(kind, base, learner) is None)
 
 
 def _declined(kind: str, base: Base, learner: Learner) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from .computation import Computation, Row, Sums
+from .computation import Computation, Load, Row, Sums
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,16 @@ class Divided:
         self.name = " beside ".join(share.computation.name for share in shares)
         self.why = "; ".join(share.computation.why for share in shares)
 
+    @property
+    def padded(self) -> bool:
+        """See `Computation`."""
+        return any(share.computation.padded for share in self.shares)
+
+    @property
+    def on_host(self) -> int:
+        """See `Computation`."""
+        return sum(share.computation.on_host for share in self.shares)
+
     def gradients(self, rows: Sequence[Row]) -> list[Sums]:
         """See `Computation`."""
         return self._each(rows, lambda computation, own: computation.gradients(own))
@@ -36,6 +46,25 @@ class Divided:
     def losses(self, rows: Sequence[Row]) -> list[Sums]:
         """See `Computation`."""
         return self._each(rows, lambda computation, own: computation.losses(own))
+
+    def loads(self, rows: Sequence[Row], training: bool = True) -> list[Load]:
+        """See `Computation`."""
+        found = []
+        for share in self.shares:
+            own = share.own(rows)
+            for load in share.computation.loads([row for _, row in own], training):
+                found.append(replace(load, rows=tuple(own[i][0] for i in load.rows)))
+        return found
+
+    def tokens(self, row: Row) -> int:
+        """See `Computation`."""
+        (share,) = (share for share in self.shares if row.learner in share.learners)
+        return share.computation.tokens(row)
+
+    def release(self) -> None:
+        """See `Computation`."""
+        for share in self.shares:
+            share.computation.release()
 
     def _each(self, rows: Sequence[Row], compute: Callable[[Computation, list[Row]], list[Sums]]) -> list[Sums]:
         sums: dict[int, Sums] = {}

@@ -118,11 +118,18 @@ def _evaluate(member: Member, computation: Computation, wish: Callable[[], int])
     return whole
 
 
-def failed(member: Member, kept: bool) -> TrainingFailed:
-    """What to raise for a member that diverged. Going on from a checkpoint helps only where the machine erred."""
-    note = (
-        f" If the machine erred, `ahl train --resume` goes on from step {member.step}, which is kept." if kept else ""
-    )
+def failed(member: Member, kept: int) -> TrainingFailed:
+    """What to raise for a member that diverged. Going on from a checkpoint helps only where the machine erred.
+
+    Args:
+        kept: the step whose state is kept; 0: none.
+    """
+    note = ""
+    if kept:
+        note = (
+            f" If the machine erred, `ahl train --resume` goes on from step {min(kept, member.step)}, which is kept "
+            "until `ahl gc --runs`."
+        )
     return TrainingFailed(
         member.failure,
         f"Lower training.learning_rate ({member.config.learning_rate:g}) or add training.warmup, and start again "

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..tasks.task import IGNORED
-from .computation import Row
+from .computation import Load, Row
 
 # A shorter common beginning costs more as a piece of its own than it saves.
 LEAST_SHARED = 8
@@ -182,3 +182,30 @@ def _pack(cuts: Sequence[_Cut]) -> Pack:
             pieces.append(Piece(learner, key, 0, cut.ids[:shared], cut.targets[:shared]))
         pieces.append(Piece(learner, key, shared, cut.ids[shared:], cut.targets[shared:], context if shared else -1))
     return Pack(tuple(pieces))
+
+
+def placed(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each with its place among them as its key: by it a piece is known in `load_of`."""
+    return [Row(row.example, row.learner, place) for place, row in enumerate(rows)]
+
+
+def load_of(pieces: Sequence[Piece]) -> Load:
+    """What there is to do in a pack of `placed` rows, one after another."""
+    squares = 0
+    for piece in pieces:
+        before = len(pieces[piece.context].ids) if piece.context >= 0 else 0
+        squares += (before + len(piece.ids)) ** 2 - before**2
+    return _load(pieces, sum(len(piece.ids) for piece in pieces), squares)
+
+
+def padded_load(pieces: Sequence[Piece], answers: bool) -> Load:
+    """Of rows side by side, as long as the longest; an encoder-decoder's answers beside them."""
+    text = max(len(piece.ids) for piece in pieces)
+    answer = max(len(piece.targets) for piece in pieces) if answers else 0
+    return _load(pieces, len(pieces) * (text + answer), len(pieces) * (text + answer) ** 2)
+
+
+def _load(pieces: Sequence[Piece], tokens: int, squares: int) -> Load:
+    # The beginning that rows share is a piece with the key of one of them.
+    rows = tuple(sorted({piece.key for piece in pieces}))
+    return Load(rows, tokens, squares, sum(t != IGNORED for piece in pieces for t in piece.targets))

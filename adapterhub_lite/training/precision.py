@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def products_in(name: str) -> Iterator[None]:
     if name == FLOAT32:
         yield
         return
-    backend = torch.backends.mkldnn.matmul
+    backend = _backend()
     before = backend.fp32_precision
     backend.fp32_precision = "bf16"
     try:
@@ -88,4 +89,8 @@ def products_in(name: str) -> Iterator[None]:
 
 def through_bfloat16() -> bool:
     """Whether products are computed so now: those of our own, which are float32, then stand back."""
-    return bool(torch.backends.mkldnn.matmul.fp32_precision == "bf16")
+    return bool(_backend().fp32_precision == "bf16")
+
+
+def _backend() -> Any:
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported

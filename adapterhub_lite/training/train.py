@@ -28,6 +28,7 @@ from .frozen import unchanged
 from .loop import Referee, failed, run_loop
 from .member import FAILED, Course, History, Member
 from .memory.collector import resting_heap
+from .memory.offload import settled
 from .precision import BFLOAT16, choose_precision, products_in
 from .runs.checkpoint import Checkpoints
 from .signals import Wish
@@ -76,9 +77,12 @@ def train_adapter(
     *,
     labels: int = 0,
     start_text: str = "",
+    settings: Settings | None = None,
     on_event: Listener = ignore,
 ) -> Trained:
     """Train the adapter that `recipe` describes on `base`; see `Assignment` for the arguments.
+
+    `settings` says how it is computed, whatever the recipe says of that; see `workflows.plan.setup_of`.
 
     Raises:
         TrainingFailed: the loss diverged or memory ran out.
@@ -86,7 +90,7 @@ def train_adapter(
         Unsupported: this base cannot have such an adapter.
     """
     assignment = Assignment(recipe, train, validation, labels, start_text)
-    (found,) = train_adapters([assignment], base, on_event=on_event)
+    (found,) = train_adapters([assignment], base, settings=settings, on_event=on_event)
     if isinstance(found, TrainingFailed):
         raise found
     return found
@@ -132,15 +136,17 @@ def train_adapters(
             _tell_short(member, on_event)
         if checkpoints is not None:
             _restore(members, checkpoints, on_event)
-        computation = make_computation(base, learners, settings or Settings())
+        settings = settings or Settings()
+        computation = make_computation(base, learners, settings)
         if note := getattr(computation, "note", ""):
             on_event(Note(note, "warning"))
         if precision.name == BFLOAT16:
             on_event(Note(f"products with the base go through bfloat16: {precision.why}"))
         if apart:
             computation = Apart(computation)
-        run_loop(members, computation, on_event, checkpoints, wish or (lambda: own.number), referee)
-    kept = checkpoints is not None
+        with settled(base, learners, computation, settings):
+            run_loop(members, computation, on_event, checkpoints, wish or (lambda: own.number), referee)
+    kept = 0 if checkpoints is None else checkpoints.kept_step
     return [
         failed(member, kept) if member.status == FAILED else _trained(member, learner, one, base)
         for member, learner, one in zip(members, learners, assignments, strict=True)

@@ -13,10 +13,11 @@ from torch import nn
 from ..adapters.injected import inject_fresh, saved_tensors
 from ..adapters.lora import PREFIX
 from ..adapters.sites import is_linear, matches
-from ..errors import Unsupported
-from ..formats.injected import METHODS
+from ..errors import FormatError, Unsupported
+from ..formats.injected import METHODS, REFUSED
 from ..formats.peft_config import parse_adapter_config
 from ..formats.specs import Spec
+from ..recipe.readers import nearest
 
 # Forms of ours whose training through PEFT's layers is no more than that.
 _OTHERS = ("IA3", "LOHA", "LOKR")
@@ -24,6 +25,15 @@ _INSTEAD = {
     "LORA": "Use adapter.type: lora.",
     "PREFIX_TUNING": "Use adapter.type: prefix.",
     "ADALORA": "It is a schedule as well as layers; train LoRA.",
+}
+# Keys of PEFT's configurations that a recipe says elsewhere.
+_NO_OPTIONS = {
+    "target_modules": "Use adapter.targets.",
+    "peft_type": "Use adapter.method.",
+    **dict.fromkeys(
+        ("task_type", "modules_to_save", "base_model_name_or_path", "revision", "inference_mode"),
+        "It follows from the recipe's base and task.",
+    ),
 }
 _ADAPTER = "default"
 
@@ -96,6 +106,30 @@ class TrainablePeft:
         return said
 
 
+def check_method(method: str) -> None:
+    """Raise Unsupported for a method that is not trained so."""
+    known = (*METHODS, *_OTHERS)
+    if method in known:
+        return
+    why = REFUSED.get(method)
+    hint = _INSTEAD.get(method) or f"{nearest(method, known)} There are {', '.join(sorted(known))}.".strip()
+    raise Unsupported(f"{method} is not trained through PEFT's layers{f': {why}' if why else ''}.", hint)
+
+
+def option_problems(method: str, options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(option, what is wrong with it, a hint) of options that a method has not, or values that they cannot have."""
+    found = [(key, "is no option.", instead) for key, instead in _NO_OPTIONS.items() if key in options]
+    known = list(METHODS[method].options) if method in METHODS else []
+    said = {key: value for key, value in options.items() if key not in _NO_OPTIONS}
+    try:
+        parse_adapter_config(json.dumps({**said, "peft_type": method, "target_modules": ["layer"]}))
+    except FormatError as error:
+        for line in error.message.splitlines()[1:]:
+            key, _, told = line.strip().partition(": ")
+            found.append((key, f"{told}.", nearest(key, known) if told == "unknown key" else ""))
+    return found
+
+
 def peft_sites(
     method: str, targets: str | Sequence[str], modules: Mapping[str, nn.Module], output: nn.Module | None
 ) -> dict[str, nn.Module]:
@@ -104,11 +138,7 @@ def peft_sites(
     Raises:
         Unsupported: a method that is not trained so, or no such module.
     """
-    if method not in METHODS and method not in _OTHERS:
-        known = ", ".join(sorted((*METHODS, *_OTHERS)))
-        raise Unsupported(
-            f"{method} is not trained through PEFT's layers.", _INSTEAD.get(method, f"There are {known}.")
-        )
+    check_method(method)
     kind = METHODS[method].layers if method in METHODS else "linear"
     fits = {name: m for name, m in modules.items() if name and _is(kind, m) and m is not output}
     if targets == "all-linear":

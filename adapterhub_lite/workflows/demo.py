@@ -213,7 +213,8 @@ def _mix(runtime: Runtime, subjects: dict[str, _Subject], say: Print) -> dict[st
 
 def _merge(store: Store, base: Base, sql: _Subject, say: Print, on_event: Listener) -> dict[str, Any]:
     out = _new_folder(store.path / "merged", str(sql.ref).replace("@", "-"))
-    report = merge(sql.ref, out, store=store, base=base, on_event=on_event)
+    # The metric is measured below by plain transformers' own generate.
+    report = merge(sql.ref, out, store=store, base=base, metric_rows=0, on_event=on_event)
     say(f"\n7. Merged into a standalone checkpoint, loaded with plain transformers: {out}")
     for line in report.lines():
         say(f"   {line}")

@@ -17,7 +17,7 @@ from ..runtime.runtime import Runtime
 from ..store import Store
 from ..tasks.registry import make_task
 from ..tasks.rows import Rows, read_jsonl
-from .data import split_rows
+from .data import split_rows, split_task
 from .own_base import load_own_base
 
 
@@ -65,7 +65,7 @@ def evaluate(
     if not card.task.get("type"):
         raise Unsupported(f"The card of {resolved} names no task, so nothing says how to measure it.", "Train it here.")
     rows = read_jsonl(data) if data is not None else _recorded_rows(resolved, card, split)
-    task = make_task(card.task)
+    task = make_task(card.task if data is not None else split_task(card, split))
     base = base or load_own_base(card, on_event=on_event)
     runtime = Runtime(base, store, slots=1, on_event=on_event)
     try:

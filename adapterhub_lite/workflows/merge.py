@@ -1,191 +1,301 @@
-"""Bake a stored adapter into a standalone checkpoint, verified against base + adapter before it appears."""
+"""Bake stored adapters into a standalone checkpoint, verified against base + adapters before it appears."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..adapters.adapter import stored_adapter
-from ..bases.inputs import pad_rows
+from ..adapters.adapter import Adapter, stored_adapter
 from ..bases.load import Base
-from ..bases.quiet import quiet
-from ..errors import MergeFailed, StoreError
+from ..errors import MergeFailed, Unsupported
 from ..events import Listener, Stage, ignore
-from ..formats.card import Card
+from ..formats.card import Card, utc_now
 from ..merging.checkpoint import Checkpoint
-from ..merging.merge import check_out, staged_merge, write_report
-from ..merging.plan import MergePlan, plan_merge
-from ..merging.report import Difference, MergeReport, Thresholds, compare_logits
+from ..merging.inputs import Inputs
+from ..merging.merge import check_out
+from ..merging.plan import MergePlan
+from ..merging.report import BakeFigures, Member, MergeReport, Thresholds
+from ..merging.residual import Factors
 from ..names import Ref
-from ..runtime.certificate import PROBES
-from ..runtime.runtime import Runtime
 from ..store import Store
 from ..tasks.classify import Classify
 from ..tasks.registry import make_task
 from ..tasks.tag import Tag
 from .data import split_rows
+from .merge_bakes import BOTH, Trial, better, measure_bakes
+from .merge_base import check_base, check_place, fits, is_loaded, known_base
+from .merge_expected import Expected
+from .merge_probe import Measured, Probe, measured_of, probe_of
+from .merge_reference import Reference, Served, Streamed, headed_type
+from .merge_request import Refs, Request, check_distinct, request_of
+from .merge_served import plain_logits as plain_logits
+from .merge_verify import Verified, Verifier
+from .merge_write import Maker, keep, report_files, staged, write_beside
 from .own_base import load_own_base
+from .publish import libraries
 
-_PROBE_ROWS = 24
-_PROBE_TOKENS = 256
-_HEADED = ("SEQ_CLS", "TOKEN_CLS")
+_CALIBRATION, _CALIBRATION_TOKENS = 32, 256  # training rows that say what layers read, tokens of each
 
 
 def merge(
-    ref: str | Ref,
+    refs: Refs,
     out: str | Path,
     *,
+    weights: Sequence[float] | None = None,
+    to: str | None = None,
+    dtype: str | None = None,
+    bake: str = "auto",
+    residual: int = 0,
+    verify: str = "full",
+    thresholds: Thresholds | None = None,
+    prompts: str | Path | None = None,
+    metric_rows: int = 256,
     store: Store | None = None,
     base: Base | None = None,
-    bake: str = "auto",
-    dtype: str = "auto",
-    thresholds: Thresholds | None = None,
+    base_name: str | None = None,
+    quantize: str | None = None,
+    device: str = "auto",
     on_event: Listener = ignore,
 ) -> MergeReport:
-    """Merge an adapter into its base and write a checkpoint that plain transformers loads.
+    """Merge adapters into their base and write a model that plain transformers loads.
 
-    The result is loaded with plain transformers and compared with base + adapter on rows of the version's own test data
-    (fixed texts where the data is not at hand). Only then does `out` appear, with merge_report.json in it.
+    The result is loaded with plain transformers and compared with base + adapters on rows of the versions' own test
+    data (fixed texts where the data is not at hand). Only then does `out` appear, with merge_report.json and
+    merge_report.html in it; the store keeps both too, also of a merge that failed.
 
     Args:
-        base: the adapter's base, if it is loaded already.
-        bake: dequantised (the weights that the quantised base computed with), original (the checkpoint's), or auto.
-        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
+        refs: `sql@1`, `a@1,b@2`, `a@1=0.7,b@2=0.3`, a list, or a mapping to weights.
+        weights: one an adapter; 1 each where left out.
+        to: auto (each tensor keeps its type), float32, bfloat16, float16, nf4, int8, gguf-f16 or gguf-q8_0; `dtype` is
+            another name of it.
+        bake: of a base that was quantised, into the weights it computed with (dequantised) or the checkpoint's
+            (original); auto and measured try both and take the better.
+        residual: rank of an adapter beside 4-bit weights that adds what rounding lost; 0: none.
+        verify: full, or weights: each tensor is read back and compared, and no logits are.
+        prompts: a file to compare logits on: a prompt a line, or JSON Lines as the task reads them.
+        metric_rows: most test rows to measure each version's task on; 0: none.
+        base: the adapters' base, if it is loaded already; else `base_name`, `quantize` and `device` say what to load.
 
     Raises:
-        MergeFailed: the result is further from base + adapter than `thresholds`; nothing is left.
+        MergeFailed: the result is further from base + adapters than `thresholds`; nothing is left at `out`.
         BaseMismatch, AdapterMismatch, Unsupported: why it cannot be merged.
     """
-    store = store if store is not None else Store()
-    started = time.perf_counter()
-    resolved = store.resolve(ref)
-    card = store.card(resolved)
+    if to is not None and dtype is not None and to != dtype:
+        raise Unsupported(f"to={to!r} and dtype={dtype!r} are two names of one thing.", "Give one of them.")
+    target = to or dtype or "auto"
+    request = request_of(refs, weights, target, bake, residual, verify, thresholds, prompts, metric_rows)
     check_out(Path(out).expanduser().absolute())
-    base = base or load_own_base(card, on_event=on_event)
-    _check_place(Path(out), store, base)
-    runtime = Runtime(base, store, slots=1, on_event=on_event)
-    try:
-        runtime.load(resolved)
-        plan = _plan(store, resolved, card, runtime, bake, dtype)
-        on_event(Stage(f"merging {resolved} into {base.name}"))
-        with staged_merge(plan, base.source.folder, Path(out), on_event=on_event) as staged:
-            on_event(Stage("verifying the merged checkpoint with plain transformers"))
-            report = MergeReport(
-                adapter=str(resolved),
-                digest=resolved.digest or "",
-                base=base.name,
-                out=str(Path(out).expanduser().absolute()),
-                bake=plan.bake,
-                quantization=plan.quantization,
-                dtype=plan.dtype,
-                changed_tensors=len(plan.changed),
-                tensors=sum(map(len, plan.shards.values())),
-                bytes=plan.nbytes,
-                difference=_difference(runtime, resolved, card, staged),
-                effect_kl=_effect(runtime, resolved, card),
-                thresholds=thresholds or Thresholds(),
-                seconds=round(time.perf_counter() - started, 3),
-            )
-            _require_passed(report)
-            write_report(staged, report.to_dict())
-    finally:
-        runtime.close()
-    return report
+    store = store if store is not None else Store()
+    job = _Job(request, Path(out).expanduser().absolute(), store, on_event)
+    named = base is not None or base_name is not None
+    given = base or known_base(job.cards[0][1], base_name, quantize, device, on_event)
+    check_place(job.out, store, given)
+    job.notes += check_base(job.cards, given, named)
+    return job.run(given, base_name, quantize, device)
 
 
-def _require_passed(report: MergeReport) -> None:
-    if not report.passed:
-        raise MergeFailed(
-            f"The merged model differs too much from base + adapter. {report.lines()[1]}.",
-            "Nothing was written. Try bake=dequantised or dtype=float32, or loosen the thresholds.",
+@dataclass
+class _Job:
+    """One merge on its way."""
+
+    request: Request
+    out: Path
+    store: Store
+    on_event: Listener
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._started = time.perf_counter()
+        found = [(self.store.resolve(ref), weight) for ref, weight in self.request.members]
+        check_distinct([ref for ref, _ in found])
+        self.members: list[tuple[Ref, float]] = found
+        self.cards: list[tuple[Ref, Card]] = [(ref, self.store.card(ref)) for ref, _ in found]
+        self.adapters: list[tuple[Adapter, float]] = [(stored_adapter(self.store.read(r)), w) for r, w in found]
+        self.task_type = headed_type([adapter for adapter, _ in self.adapters])
+
+    def run(self, base: Base, name: str | None, quantize: str | None, device: str) -> MergeReport:
+        """Plan, write, verify, publish."""
+        checkpoint = Checkpoint.open(base.source.folder)
+        self._maker(base, checkpoint, None).check()  # what cannot be merged is told before a base is loaded
+        full = self.request.verify == "full"
+        if full and not is_loaded(base) and self._servable() and fits(base, 2):
+            base = load_own_base(self.cards[0][1], name=name, quantize=quantize, device=device, on_event=self.on_event)
+        reference = self._reference(base, checkpoint) if full else None
+        try:
+            return self._merged(base, checkpoint, reference)
+        finally:
+            if reference is not None:
+                reference.close()
+
+    def _merged(self, base: Base, checkpoint: Checkpoint, reference: Reference | None) -> MergeReport:
+        request, probe = self.request, None
+        measured: list[Measured] = []
+        if reference is not None:
+            probe = probe_of(self.cards, base, request.prompts)
+            measured, remarks = measured_of(self.cards, request.metric_rows, request.prompts)
+            self.notes += remarks
+        maker = self._maker(base, checkpoint, reference)
+        verifier = Verifier(base, self.store, reference, probe, measured, self.task_type, self.on_event)
+        bakes: tuple[BakeFigures, ...] = ()
+        bake = request.bake
+        if reference is not None and probe is not None and self._measures(base):
+            bakes = self._bakes(base, reference, probe, measured, maker, verifier)
+            bake = better(bakes, request.thresholds)
+        floats = maker.floats("auto" if bake == "measured" else bake)
+        plan = maker.final(floats)
+        self.notes += plan.notes
+        self.on_event(Stage(f"merging {self._name} into {base.name}"))
+        with staged(request, plan, base, self.out, self.on_event) as (folder, residual):
+            self.on_event(Stage("verifying the merged model"))
+            expected = self._expected(checkpoint, base, floats.bake)
+            informed = request.kind == "nf4" and maker.inputs() is not None
+            found = verifier.verify(folder, request, floats, expected, residual, informed)
+            report = self._report(base, floats, plan, folder, found, bakes)
+            files = report_files(report)
+            if not report.passed:
+                raise _failure(report, self._keep(files))
+            write_beside(folder, report, files, plan.config)
+        self._keep(files)
+        return report
+
+    def _keep(self, files: Mapping[str, bytes]) -> list[Path]:
+        return keep(self.store, [ref for ref, _ in self.members], files, self.on_event)
+
+    @property
+    def _name(self) -> str:
+        if len(self.members) == 1 and self.members[0][1] == 1.0:
+            return str(self.members[0][0])
+        return " + ".join(f"{weight:g}*{ref}" for ref, weight in self.members)
+
+    def _servable(self) -> bool:
+        """Whether a runtime serves these adapters: it has no place for changes of embeddings."""
+        return not any(".lora_embedding_" in key for adapter, _ in self.adapters for key in adapter.tensors)
+
+    def _reference(self, base: Base, checkpoint: Checkpoint) -> Reference:
+        if is_loaded(base) and self._servable():
+            return Served(base, self.store, self.members, self.task_type, self.on_event)
+        why = (
+            "its adapters change embeddings" if not self._servable() else "two models of its size do not fit in memory"
+        )
+        self.notes.append(
+            f"Base + adapters were computed with weights streamed from the disk, since {why}; no metric was measured."
+        )
+        return Streamed(
+            base, self.adapters, lambda: Expected(checkpoint, self.adapters, base.quantization), self.on_event
         )
 
+    def _expected(self, checkpoint: Checkpoint, base: Base, bake: str) -> Expected:
+        """What must be written: into which weights, the bake says."""
+        return Expected(checkpoint, self.adapters, base.quantization if bake == "dequantised" else "none")
 
-def _plan(store: Store, ref: Ref, card: Card, runtime: Runtime, bake: str, dtype: str) -> MergePlan:
-    adapter = stored_adapter(store.read(ref))
-    task = runtime.task(ref)
-    base = runtime.base
-    with quiet():
-        return plan_merge(
-            adapter,
-            Checkpoint.open(base.source.folder),
-            quantization=card.base.get("quantization") or base.quantization,
-            bake=bake,
-            dtype=dtype,
-            labels=task.labels if isinstance(task, Classify | Tag) else None,
-        )
+    def _measures(self, base: Base) -> bool:
+        """Whether to try both bakes: where there are two."""
+        asked = self.request.bake in ("auto", "measured")
+        if self.request.bake == "measured" and base.quantization == "none":
+            self.notes.append("The base is not quantised, so there is one kind of weights to bake into.")
+        return asked and base.quantization != "none"
 
+    def _bakes(
+        self,
+        base: Base,
+        reference: Reference,
+        probe: Probe,
+        measured: list[Measured],
+        maker: Maker,
+        verifier: Verifier,
+    ) -> tuple[BakeFigures, ...]:
+        turned = Expected(maker.checkpoint, self.adapters).turned
+        room = reference.loaded and fits(base, 1)
+        trial = Trial(
+            maker.trial,
+            turned, self.task_type, probe, verifier.expected, measured, room,
+        )  # fmt: skip
+        try:
+            return measure_bakes(trial, base, self.store, reference, self.on_event)
+        except Unsupported as error:
+            if self.request.bake == "measured":
+                raise
+            self.notes.append(f"The bakes {' and '.join(BOTH)} could not be measured: {error.message}")
+            return ()
 
-def _effect(runtime: Runtime, ref: Ref, card: Card) -> float | None:
-    """How far the bare base is from base + adapter; None for classifiers and taggers, which the bare base is not."""
-    if runtime.store.spec(ref).task_type in _HEADED:
+    def _maker(self, base: Base, checkpoint: Checkpoint, reference: Reference | None) -> Maker:
+        @cache
+        def inputs() -> dict[str, Inputs] | None:
+            rows = self._calibration(base)
+            if not isinstance(reference, Served) or not rows:
+                return None
+            self.on_event(Stage("looking at what the layers read"))
+            return reference.inputs(rows)
+
+        def factors() -> dict[str, Factors] | None:
+            return reference.factors() if isinstance(reference, Served) else None
+
+        return Maker(self.request, self.adapters, checkpoint, base, self._labels(), inputs, factors)
+
+    def _calibration(self, base: Base) -> list[list[int]]:
+        """Training rows, none that the verdict is on."""
+        found: list[list[int]] = []
+        for _, card in self.cards:
+            rows = split_rows(card, "train") if card.task.get("type") else None
+            if rows is not None:
+                task = make_task(card.task)
+                texts = task.inputs(rows)[: _CALIBRATION // len(self.cards)]
+                found += [task.encode(t, base.tokenizer, base.kind, _CALIBRATION_TOKENS) for t in texts]
+        return [ids[:_CALIBRATION_TOKENS] for ids in found if ids]
+
+    def _labels(self) -> list[str] | None:
+        """Names of the classes of the adapter that brings a head."""
+        for (adapter, _), (_, card) in zip(self.adapters, self.cards, strict=True):
+            if adapter.spec.task_type == self.task_type and card.task.get("type"):
+                task = make_task(card.task)
+                if isinstance(task, Classify | Tag):
+                    return task.labels or None
         return None
-    rows = probe_rows(runtime.base, card)
-    adapted, bare = (runtime.logits(rows, r, _decoder_rows(runtime.base, rows)) for r in (ref, None))
-    return compare_logits(adapted, bare).mean_kl
+
+    def _report(
+        self, base: Base, floats: MergePlan, plan: MergePlan, folder: Path, found: Verified, bakes: Any
+    ) -> MergeReport:
+        members = tuple(Member(str(ref), ref.digest or "", weight) for ref, weight in self.members)
+        return MergeReport(
+            adapter=self._name,
+            digest=members[0].digest if len(members) == 1 else "",
+            base=base.name,
+            out=str(self.out),
+            bake=floats.bake,
+            quantization=floats.quantization,
+            dtype=floats.dtype,
+            changed_tensors=len(floats.changed),
+            tensors=sum(map(len, floats.shards.values())),
+            bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            seconds=round(time.perf_counter() - self._started, 3),
+            difference=found.difference,
+            effect_kl=found.effect_kl,
+            thresholds=self.request.thresholds,
+            to=self.request.to,
+            adapters=members,
+            base_fingerprint=base.fingerprint.digest,
+            base_origin=base.source.origin,
+            verify=self.request.verify,
+            forward=found.forward,
+            metrics=found.metrics,
+            layers=found.layers,
+            bakes=tuple(bakes),
+            residual_rank=self.request.residual,
+            bare_difference=found.bare_difference,
+            notes=tuple(dict.fromkeys([*self.notes, *found.notes])),
+            created=utc_now(),
+            libraries=libraries(),
+        )
 
 
-def _check_place(out: Path, store: Store, base: Base) -> None:
-    """A checkpoint written among a store's versions, or into its own base, would break them."""
-    target = out.expanduser().absolute().parent.resolve() / out.name
-    kept = [store.path.resolve() / part for part in ("adapters", "aliases", "objects", "tmp")]
-    inside = next((k for k in (*kept, base.source.folder.resolve()) if target.is_relative_to(k)), None)
-    if inside is not None:
-        raise StoreError(f"{out} is inside {inside}.", "Name a folder outside the store and the base.")
-
-
-def _difference(runtime: Runtime, ref: Ref, card: Card, staged: Path) -> Difference:
-    base = runtime.base
-    rows = probe_rows(base, card)
-    expected = runtime.logits(rows, ref, _decoder_rows(base, rows))
-    with quiet():
-        merged = plain_logits(staged, base, rows, runtime.store.spec(ref).task_type)
-    return compare_logits(expected, merged)
-
-
-def probe_rows(base: Base, card: Card) -> list[list[int]]:
-    """Token ids to compare on: questions of the version's own test data, or fixed texts."""
-    rows = split_rows(card, "test")
-    if rows is None or not card.task.get("type"):
-        return [list(base.tokenizer(text)["input_ids"])[:_PROBE_TOKENS] for text in PROBES]
-    task = make_task(card.task)
-    texts = task.inputs(rows)[:_PROBE_ROWS]
-    return [task.encode(text, base.tokenizer, base.kind, _PROBE_TOKENS)[:_PROBE_TOKENS] for text in texts]
-
-
-def plain_logits(folder: Path, base: Base, rows: list[list[int]], task_type: str | None) -> list[torch.Tensor]:
-    """Logits of a checkpoint folder by plain transformers: [tokens, vocabulary or labels] or [labels] a row."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
+def _failure(report: MergeReport, kept: Sequence[Path]) -> MergeFailed:
+    failed = "; ".join(map(str, report.failures)) or "nothing could be compared"
+    where = f" The report is kept in {kept[0]}." if kept else ""
+    return MergeFailed(
+        f"The merged model differs too much from base + adapter: {failed}.",
+        f"Nothing was written.{where} Try another --bake or --to, or loosen the thresholds.",
     )
-
-    classifies = task_type == "SEQ_CLS"
-    kind: Any = AutoModelForSeq2SeqLM if base.kind == "seq2seq" else AutoModelForCausalLM
-    headed: dict[str | None, Any] = {
-        "SEQ_CLS": AutoModelForSequenceClassification,
-        "TOKEN_CLS": AutoModelForTokenClassification,
-    }
-    loader: Any = headed.get(task_type, kind)
-    model = loader.from_pretrained(folder, dtype=base.dtype, use_safetensors=True, local_files_only=True)
-    model = model.to(base.device).eval()
-    if classifies and model.config.pad_token_id is None:
-        model.config.pad_token_id = base.pad_id
-    ids, mask = (t.to(base.device) for t in pad_rows(rows, base.pad_id, left=False))
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    given = rows
-    if base.kind == "seq2seq" and not classifies:
-        given = [[base.config.decoder_start_token_id, *r] for r in _decoder_rows(base, rows) or []]
-        arguments["decoder_input_ids"] = pad_rows(given, base.pad_id, left=False)[0].to(base.device)
-    with torch.inference_mode():
-        logits = model(**arguments).logits
-    return list(logits) if classifies else [logits[i, : len(row)] for i, row in enumerate(given)]
-
-
-def _decoder_rows(base: Base, rows: list[list[int]]) -> list[list[int]] | None:
-    return [row[:16] for row in rows] if base.kind == "seq2seq" else None

@@ -140,7 +140,7 @@ def _remarks(card: Card) -> list[str]:
     """Why another loader's answers may differ."""
     entry = CATALOG.get(str(card.base.get("name")))
     told = []
-    if card.base.get("quantization") in ("int8", "nf4"):
+    if card.base.get("quantization") in ("int8", "nf4", "nf4-double"):
         told.append(f"It was trained on a base in {card.base['quantization']}; on another one its answers may differ.")
     if entry and card.base.get("revision") == entry.wheel.sha256:
         told.append(

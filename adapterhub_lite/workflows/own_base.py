@@ -23,6 +23,16 @@ def load_own_base(
         Unsupported: the card names no base.
         BaseUnavailable, NotFound: it cannot be found.
     """
+    chosen = chosen_base(card, name)
+    return load_base(chosen, quantize or card.base.get("quantization") or "none", device, on_event=on_event)
+
+
+def chosen_base(card: Card, name: str | None = None) -> str:
+    """The base to load: `name`, else the one a card names if that may be loaded unasked.
+
+    Raises:
+        Unsupported: the card names none, or is a foreign one.
+    """
     chosen = name or base_name(card)
     if not chosen:
         raise Unsupported("This adapter does not say which base it was made for.", "Name it: --base NAME.")
@@ -31,4 +41,4 @@ def load_own_base(
             f"This imported adapter names the base {chosen!r}; what a foreign file names is not loaded unasked.",
             f"If you trust it: --base {chosen}",
         )
-    return load_base(chosen, quantize or card.base.get("quantization") or "none", device, on_event=on_event)
+    return chosen

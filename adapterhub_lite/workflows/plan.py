@@ -1,8 +1,8 @@
-"""A plan before the first step: what a run will take, and the setup that costs least speed of those that fit."""
+"""A plan before the first step: what a run will take, and the setup that loses least time of those that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,22 +17,17 @@ from ..recipe import FileData, Recipe, recipe_dict
 from ..recipe.training import AUTO
 from ..store import Store
 from ..training.batches import Order
-from ..training.planning.calibrate import TooLarge, calibrate, copies_dropped, drop_copies
-from ..training.planning.plan import (
-    Plan,
-    Setup,
-    fits,
-    ladder,
-    memory_of,
-    parse_size,
-)
+from ..training.planning.calibrate import TooLarge, calibrate, copies_dropped, drop_copies, heeded_by
+from ..training.planning.plan import FIELDS, Plan, Setup, fits, ladder, memory_of, parse_size
 from ..training.planning.room import room, settle
 from ..training.train import Assignment
-from .plan_told import Tried, copies_there, line, longest_row, plan_of, refusal
+from .plan_refusal import refusal
+from .plan_told import Tried, copies_there, is_hopeless, line, longest_row, plan_of
 
 # Timing packs would take a notable part of a run with less to do: parameters times tokens times 6, its products.
 _LONG = 1e13
 _SMALL = 0.02  # a base of this share of the memory that there is can be trained on, whatever else there is
+_ASKED = ("recompute_mlp", "offload", "table_on_host")  # what only some computations heed
 
 
 def plan(
@@ -76,7 +71,7 @@ def best_plan(
     keep_choice: bool = False,
     repeats: int = 2,
 ) -> Plan:
-    """The plan with the setup that costs least speed of those that fit.
+    """The plan with the setup that loses least time of those that fit.
 
     Args:
         may_drop: whether working copies may be done without.
@@ -85,11 +80,12 @@ def best_plan(
     Raises:
         CapacityError: none fits.
     """
-    configs = [one.recipe.training for one in assignments]
     has_copies = copies_there(base)
     tried: list[Tried] = []
     bare: int | None = None  # libraries' first use counts as what training takes, also where setups were tried before
-    for setup in ladder(configs, longest_row(assignments), has_copies, base.device.type, may_drop):
+    for setup, heeds in _setups(assignments, base, may_drop):
+        if is_hopeless(setup, tried):
+            continue
         drops = has_copies and not setup.working_copies
         chosen = False
         bare = bare if bare is not None and not drops else None
@@ -97,7 +93,7 @@ def best_plan(
             try:
                 found = calibrate(assignments, base, setup.settings, fit, repeats, bare)
             except TooLarge as error:
-                tried.append(Tried(setup, error.bytes))
+                tried.append(Tried(setup, error.bytes, base=error.base, limit=error.limit))
                 continue
             memory, bare = memory_of(found), found.base
             if fits(memory, fit):
@@ -105,9 +101,34 @@ def best_plan(
                 settle(base.device)
                 if drops and keep_choice:
                     base.memory = replace(base.memory, working_copies=0)
-                return plan_of(assignments, base, setup, found, tried, fit)
-            tried.append(Tried(setup, memory.peak, memory))
-    raise refusal(assignments, base, tried, fit)
+                return plan_of(assignments, base, setup, found, tried, fit, heeds)
+            there = memory.base + memory.available
+            tried.append(Tried(setup, memory.peak, memory, memory.base, there if fit is None else min(fit, there)))
+    least = Tried(setup, 0) if fit is None else _without_limit(assignments, base, setup, has_copies)
+    raise refusal(assignments, base, [*tried, least] if least.peak else tried, fit, heeds)
+
+
+def _setups(assignments: Sequence[Assignment], base: Base, may_drop: bool) -> Iterator[tuple[Setup, frozenset[str]]]:
+    """The setups to try, each with the settings that are known to change something; what costs time to know is asked
+    for after the first one.
+    """
+    heeds = _known(assignments, base)
+    first = _ladder(assignments, base, may_drop, heeds)[0]
+    yield first, heeds
+    heeds = heeded_by(assignments, base)
+    for setup in _ladder(assignments, base, may_drop, heeds):
+        if setup != first:
+            yield setup, heeds
+
+
+def _without_limit(assignments: Sequence[Assignment], base: Base, setup: Setup, has_copies: bool) -> Tried:
+    """What the least of all setups takes, as far as there is room for it."""
+    with copies_dropped(base, lambda: True) if has_copies and not setup.working_copies else nullcontext():
+        try:
+            memory = memory_of(calibrate(assignments, base, setup.settings, None, 0, None))
+        except TooLarge as error:
+            return Tried(setup, error.bytes)
+    return Tried(setup, memory.peak, memory)
 
 
 def chosen_setup(assignments: Sequence[Assignment], base: Base, own: bool, on_event: Listener) -> Setup:
@@ -121,7 +142,7 @@ def chosen_setup(assignments: Sequence[Assignment], base: Base, own: bool, on_ev
     """
     is_long = _products(assignments, base) > _LONG
     if not is_long and base.memory.total < _SMALL * room(base.device):
-        return _first(assignments, base)
+        return setup_of(assignments, base)
     made = best_plan(assignments, base, may_drop=own, keep_choice=own, repeats=int(is_long))
     on_event(Note(line(made)))
     return made.setup
@@ -132,13 +153,14 @@ def kept_setup(assignments: Sequence[Assignment], base: Base, told: Mapping[str,
     if own and told.get("working_copies") is False and copies_there(base):
         drop_copies(base)
         base.memory = replace(base.memory, working_copies=0)
-    found = _first(assignments, base)
-    tokens, twice = told.get("pack_tokens"), told.get("checkpointing")
+    found = setup_of(assignments, base)
     configs = [one.recipe.training for one in assignments]
-    if isinstance(tokens, int) and tokens > 0 and all(c.pack_tokens == AUTO for c in configs):
-        found = replace(found, pack_tokens=tokens)
-    if isinstance(twice, bool) and all(c.checkpointing == AUTO for c in configs):
-        found = replace(found, checkpointing=twice)
+    for name in FIELDS:
+        value = told.get(name)
+        right = type(value) is int and value > 0 if name == "pack_tokens" else isinstance(value, bool)
+        # Of working copies counts what is there: they may be another's.
+        if right and name != "working_copies" and all(getattr(c, name) == AUTO for c in configs):
+            found = replace(found, **{name: value})  # type: ignore[arg-type]  # `right` has looked
     return found
 
 
@@ -158,9 +180,7 @@ def write_recipe(recipe: Recipe, made: Plan, path: Path) -> None:
     for part, source in recipe.data.parts():
         if isinstance(source, FileData):
             told["data"][part] = str(source.resolve(recipe.folder))
-    told["training"] |= {"pack_tokens": made.setup.pack_tokens, "checkpointing": made.setup.checkpointing}
-    if "working_copies" in made.choices:
-        told["training"]["working_copies"] = made.setup.working_copies
+    told["training"] |= made.chosen
     text = f"# {made.learnings[0].name}, computed so that it fits\n" + yaml.safe_dump(told, sort_keys=False)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -169,9 +189,22 @@ def write_recipe(recipe: Recipe, made: Plan, path: Path) -> None:
         raise Unsupported(f"{path} is there already.", "Name a file that is not.") from error
 
 
-def _first(assignments: Sequence[Assignment], base: Base) -> Setup:
+def setup_of(assignments: Sequence[Assignment], base: Base) -> Setup:
+    """The setup that recipes get where everything fits: the fastest, but for what they say themselves."""
+    return _ladder(assignments, base, True, _known(assignments, base))[0]
+
+
+def _known(assignments: Sequence[Assignment], base: Base) -> frozenset[str]:
+    """The settings that change something here, as far as the fastest setup depends on it."""
+    asked = any(getattr(one.recipe.training, name) is True for one in assignments for name in _ASKED)
+    return heeded_by(assignments, base) if asked else frozenset()
+
+
+def _ladder(assignments: Sequence[Assignment], base: Base, may_drop: bool, heeds: frozenset[str]) -> list[Setup]:
     configs = [one.recipe.training for one in assignments]
-    return ladder(configs, longest_row(assignments), copies_there(base), base.device.type)[0]
+    dequantises = base.quantization != "none"
+    longest, copies = longest_row(assignments), copies_there(base)
+    return ladder(configs, longest, copies, base.device.type, may_drop, heeds, dequantises)
 
 
 def _products(assignments: Sequence[Assignment], base: Base) -> float:

@@ -1,32 +1,60 @@
-"""A plan's choices with their reasons, and what to change where nothing fits."""
+"""A plan's choices with their reasons, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..bases.devices import Choice
 from ..bases.load import Base
-from ..errors import CapacityError
 from ..recipe import LoraAdapter
 from ..recipe.options import PeftAdapter
 from ..recipe.training import AUTO
 from ..training.batches import Order
-from ..training.planning.calibrate import Calibration
+from ..training.planning.calibrate import CAREFUL, Calibration
 from ..training.planning.plan import Learning, Memory, Plan, Setup, bytes_text, memory_of, time_of
-from ..training.planning.room import held, room
 from ..training.train import Assignment
 
-_NF4_BYTES = 0.5 + 4 / 64  # of a weight, with its share of a block's scale
+_SAYS = "the recipe says so"
+_WORDS = {
+    "checkpointing": "layers computed twice",
+    "recompute_mlp": "gate and up computed twice",
+    "offload": "layers' inputs on the host",
+    "table_on_host": "embeddings on the host",
+    "working_copies": "working copies",
+}
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A setup that does not fit, with the bytes that it would hold at most."""
+    """A setup that does not fit, with the bytes that it would hold at most.
+
+    Attributes:
+        memory: where all of it was measured; else `peak` is drawn on from smaller packs.
+        base, limit: what was held before, and what may be; 0 where that is not known.
+    """
 
     setup: Setup
     peak: int
     memory: Memory | None = None
+    base: int = 0
+    limit: int = 0
+
+
+def is_hopeless(setup: Setup, tried: Sequence[Tried]) -> bool:
+    """Whether it need not be tried: the same with larger packs took so much that even in proportion it is too much, or
+    what was held before was.
+    """
+    for one in tried:
+        share = setup.pack_tokens / one.setup.pack_tokens
+        if one.limit and one.base >= one.limit and setup.working_copies == one.setup.working_copies:
+            return True
+        if one.limit and replace(one.setup, pack_tokens=setup.pack_tokens) == setup and share < 1:
+            # What was drawn on may be a quarter too high; what does not grow with packs makes the truth higher still.
+            least = one.base + (one.peak - one.base) / CAREFUL * share
+            if least > one.limit:
+                return True
+    return False
 
 
 def copies_there(base: Base) -> bool:
@@ -47,15 +75,17 @@ def plan_of(
     found: Calibration,
     tried: Sequence[Tried],
     fit: int | None,
+    heeds: frozenset[str],
 ) -> Plan:
     """The plan with a setup that fits, of which dry steps gave `found`."""
     work, configs = found.work, [one.recipe.training for one in assignments]
     packs = sum(stride.weight * len(stride.packs) for stride in work.strides)
     computed = sum(stride.weight * sum(load.tokens for load in stride.packs) for stride in work.strides)
+    choices = _choices(assignments, base, setup, found, tried, heeds)
     return Plan(
         base.name if base.quantization == "none" else f"{base.name} in {base.quantization}",
         tuple(_learning(one, count) for one, count in zip(assignments, found.trained, strict=True)),
-        setup, _choices(assignments, base, setup, found, tried), work.steps, work.tokens, round(computed), round(packs),
+        setup, choices, work.steps, work.tokens, round(computed), round(packs),
         memory_of(found), time_of(found, configs), fit,
     )  # fmt: skip
 
@@ -68,8 +98,7 @@ def line(made: Plan) -> str:
         parts.append(f"about {_duration(made.time.total)} ({made.tokens_per_second:,.0f} tokens/s)")
     parts.append(f"at most {bytes_text(made.memory.peak)}, {bytes_text(made.memory.above)} above the base")
     parts.append(f"{made.choices['computation'].value}, packs of {setup.pack_tokens:,} tokens")
-    if setup.checkpointing:
-        parts.append("layers computed twice")
+    parts += [text for name, text in _WORDS.items() if name != "working_copies" and getattr(setup, name)]
     return "; ".join(parts)
 
 
@@ -84,7 +113,12 @@ def _learning(one: Assignment, trained: int) -> Learning:
 
 
 def _choices(
-    assignments: Sequence[Assignment], base: Base, setup: Setup, found: Calibration, tried: Sequence[Tried]
+    assignments: Sequence[Assignment],
+    base: Base,
+    setup: Setup,
+    found: Calibration,
+    tried: Sequence[Tried],
+    heeds: frozenset[str],
 ) -> dict[str, Choice]:
     """What was chosen, each with the reason."""
     told = {"computation": Choice(*found.computation), "device": base.choices["device"], "dtype": base.choices["dtype"]}
@@ -92,33 +126,47 @@ def _choices(
     less = _why_less(tried, setup)
     sizes = {c.pack_tokens for c in configs}
     enough = "larger ones make products no faster" if not tried else less
-    told["pack_tokens"] = Choice(str(setup.pack_tokens), enough if sizes == {AUTO} else "the recipe says so")
+    told["pack_tokens"] = Choice(str(setup.pack_tokens), enough if sizes == {AUTO} else _SAYS)
     told["packing"] = (
         Choice("padded", "this model's rows cannot stand one after another: those of like length stand side by side")
         if found.padded
         else Choice("one after another", "no padding: attention stays within a row")
     )
-    twice = {c.checkpointing for c in configs}
-    why = less if setup.checkpointing else "memory is enough"
-    told["checkpointing"] = Choice(_word(setup.checkpointing), why if twice == {AUTO} else "the recipe says so")
+    for name in ("checkpointing", "recompute_mlp", "offload", "table_on_host"):
+        asked, value = {getattr(c, name) for c in configs} - {AUTO}, bool(getattr(setup, name))
+        if name != "checkpointing" and name not in heeds:
+            if True in asked:
+                told[name] = Choice(_word(False), _needless(name, base))
+            continue
+        told[name] = Choice(_word(value), _SAYS if asked else less if value else "memory is enough")
+    if setup.checkpointing and "recompute_mlp" in told:
+        del told["recompute_mlp"]  # it is part of what is computed twice
     if base.quantization != "none" and base.device.type == "cpu":
         kept = {c.working_copies for c in configs}
         why = "memory is enough" if setup.working_copies else less or "there was no room for them"
-        told["working_copies"] = Choice(_word(setup.working_copies), why if kept == {AUTO} else "the recipe says so")
+        told["working_copies"] = Choice(_word(setup.working_copies), why if kept == {AUTO} else _SAYS)
     return told
+
+
+def _needless(name: str, base: Base) -> str:
+    """Why something that a recipe asks for is not done."""
+    if name != "recompute_mlp" and base.device.type != "cuda":
+        return "there is no device whose memory it would save"
+    if name == "table_on_host" and base.kind == "causal":
+        return "the output layer has the same table, or a computation here reads it otherwise"
+    return "what computes here keeps nothing of the kind"
 
 
 def _why_less(tried: Sequence[Tried], setup: Setup) -> str:
     if not tried:
         return ""
     last = tried[-1]
-    return f"{_shown(last.setup)} would take {bytes_text(last.peak)}"
+    return f"{shown(last.setup)} would take {bytes_text(last.peak)}"
 
 
-def _shown(setup: Setup) -> str:
-    parts = [f"packs of {setup.pack_tokens:,} tokens"]
-    parts += ["layers computed twice"] if setup.checkpointing else []
-    parts += ["working copies"] if setup.working_copies else []
+def shown(setup: Setup) -> str:
+    """A setup in words."""
+    parts = [f"packs of {setup.pack_tokens:,} tokens", *(text for name, text in _WORDS.items() if getattr(setup, name))]
     return " with ".join(parts[:2]) + "".join(f" and {part}" for part in parts[2:])
 
 
@@ -132,45 +180,3 @@ def _duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def refusal(assignments: Sequence[Assignment], base: Base, tried: Sequence[Tried], fit: int | None) -> CapacityError:
-    """Why nothing fits, and what to change."""
-    least = min(tried, key=lambda one: one.peak)
-    there = held(base.device) + room(base.device)
-    limit = there if fit is None else min(fit, there)
-    names = ", ".join(one.recipe.name for one in assignments)
-    what = "memory" if base.device.type == "cpu" else f"memory of {base.device}"
-    return CapacityError(
-        f"Training {names} takes {bytes_text(least.peak)} of {what} at least ({_shown(least.setup)}), and "
-        f"{bytes_text(limit)} may be taken{'' if limit == there else ' (--fit)'}.",
-        "Change one of these: " + "; ".join(_knobs(assignments, base, least)) + ".",
-    )
-
-
-def _knobs(assignments: Sequence[Assignment], base: Base, least: Tried) -> list[str]:
-    """Fields to change, each with about what it saves; what saves most first."""
-    saves: list[tuple[int, str]] = []
-    configs = [one.recipe.training for one in assignments]
-    longest = longest_row(assignments)
-    work = least.memory.work if least.memory else max(least.peak - base.memory.total, 0)
-    if any(isinstance(c.pack_tokens, int) for c in configs) and least.setup.pack_tokens > longest:
-        saves.append((work - work * longest // least.setup.pack_tokens, f"training.pack_tokens: {longest}"))
-    if any(c.checkpointing is False for c in configs):
-        saves.append((work // 2, "training.checkpointing: true"))
-    if copies_there(base) and any(c.working_copies is True for c in configs):
-        saves.append((base.memory.working_copies, "training.working_copies: false"))
-    if base.quantization == "none":
-        weights = [m.weight for m in base.model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
-        saved = sum(w.nbytes - int(w.numel() * _NF4_BYTES) for w in weights if isinstance(w.nbytes, int))
-        saves.append((saved, "quantize: nf4"))
-    if longest > 16:
-        half = work // 2 if least.setup.pack_tokens <= longest else 0
-        saves.append((half, f"training.max_length: {longest // 2} (the longest row has {longest} tokens)"))
-    for one in assignments:
-        if isinstance(one.recipe.adapter, LoraAdapter) and one.recipe.adapter.rank > 1:
-            adapters = least.memory.adapters + least.memory.writing if least.memory else 0
-            saves.append((adapters // 2, f"adapter.rank: {one.recipe.adapter.rank // 2}"))
-            break
-    ordered = sorted(saves, key=lambda pair: -pair[0])
-    return [f"{text} takes about {bytes_text(saved)} less" if saved else text for saved, text in ordered]

@@ -11,12 +11,14 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..bases.load import Base
 from ..bases.quiet import quiet
+from ..errors import NoEffect
 from ..evaluation.evaluate import evaluate
 from ..events import Evaluated, Listener
 from ..formats.card import Card, examples_of
 from ..formats.specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec
 from ..names import Ref
 from ..recipe import Recipe, recipe_dict
+from ..recipe.training import LEARNING_RATES
 from ..runtime.certificate import measure
 from ..runtime.runtime import Runtime
 from ..store import Store
@@ -27,6 +29,7 @@ from ..training.train import Trained
 from .rescue import rescued
 
 _LIBRARIES = ("adapterhub-lite", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
+_SEVERAL = frozenset({"together", "search"})  # in an origin: others are trained beside it, or before and after
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ def publish(
         NoEffect: it moves no logit.
         StoreError: it could not be stored; the message says where it is kept.
     """
-    learner = name if "together" in origin.told else ""
-    effect, metrics, examples = _measured(store, name, learner, base, task, rows, trained, on_event)
+    learner = name if origin.told.keys() & _SEVERAL else ""
+    try:
+        effect, metrics, examples = _measured(store, name, learner, base, task, rows, trained, on_event)
+    except NoEffect as error:
+        raise NoEffect(error.message, _what_to_try(error, plan, trained.history)) from error
     card = Card(
         adapter=adapter_summary(trained.adapter),
         base=base_summary(base),
@@ -83,6 +89,17 @@ def publish(
         return store.put(name, dict(files), card)
     except OSError as error:  # also a StoreError: hours of work are not lost to a full disk
         raise rescued(name, files, card, base, store, error) from error
+
+
+def _what_to_try(error: NoEffect, plan: Recipe, history: History) -> str:
+    """What came of the training, and what to change of it."""
+    training, losses = plan.training, history.losses
+    went = f" took the loss from {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
+    told = f"{len(losses)} steps at a rate of {training.learning_rate:g} at most{went}"
+    if "not finite" in error.message:
+        return f"{error.hint} {told}: lower training.learning_rate, or add training.warmup."
+    usual = LEARNING_RATES[plan.adapter.type]
+    return f"{error.hint} {told}: raise training.learning_rate (the default is {usual:g}) or training.epochs."
 
 
 def libraries() -> dict[str, str]:

@@ -12,9 +12,8 @@ from ..bases.quiet import quiet
 from ..errors import CapacityError, DataError, TrainingFailed, TrainingInterrupted
 from ..events import Listener, Note, Stage
 from ..names import Ref
-from ..recipe import Recipe, recipe_dict
+from ..recipe import Recipe
 from ..store import Store
-from ..tasks.registry import make_task
 from ..training.computation import Settings, make_computation
 from ..training.frozen import unchanged
 from ..training.loop import Referee
@@ -22,10 +21,11 @@ from ..training.member import History, Member
 from ..training.runs.checkpoint import Checkpoints, State
 from ..training.runs.run import Run
 from ..training.train import Assignment, Trained, new_members, train_adapters
+from .early import check_adapter
 from .plan import chosen_setup, kept_setup, wanted_copies
 from .search_journal import Search
 from .search_trials import COMPLETE, FAILED, Trial
-from .train import _assignment, _checkpointing, _Job, read_data
+from .train import _assignment, _checkpointing, _Job, prepared
 
 Found = Sequence[Trained | TrainingFailed]
 _SHORTEST = 30  # steps of a run, below which it is not tried how a step is computed fastest
@@ -67,10 +67,8 @@ def first_job(plan: Recipe, store: Store) -> _Job:
             f"{plan.name} has no data.validation, by which adapters are compared; the test part must not choose.",
             "Give the recipe one, or override it: -o data.validation=FILE.jsonl.",
         )
-    job = _Job(plan, read_data(plan), make_task(recipe_dict(plan)["task"]))
-    job.task.prepare(job.rows["train"])
-    job.start = store.resolve(plan.start_from) if plan.start_from else None
-    return job
+    check_adapter(plan)
+    return prepared(plan, store)
 
 
 def base_of(plan: Recipe, base: Base | None, on_event: Listener) -> Base:
@@ -193,6 +191,7 @@ class _Frozen:
     """A checkpoint to begin with; writes none."""
 
     state: State | None
+    kept_step = 0
 
     def latest(self) -> State | None:
         return self.state

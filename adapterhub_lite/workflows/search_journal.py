@@ -107,6 +107,8 @@ class Search:
     def begin(self, identity: Identity, **more: Any) -> None:
         """Make sure that it goes on with the same base and libraries, or write down with which it begins.
 
+        `more` is written down, too; `asked` of it are the options that go on with it.
+
         Raises:
             TrainingFailed: they are others; says which.
         """
@@ -161,6 +163,11 @@ class Search:
         self.head["done"] = True
         self.write()
         discard(self._fs, self.folder / "runs")
+
+
+def absolute(path: Path | None) -> str | None:
+    """A path as it can be written down for who goes on elsewhere."""
+    return None if path is None else str(Path(path).absolute())
 
 
 def _has_run(folder: Path) -> bool:

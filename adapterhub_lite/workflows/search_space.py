@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -110,6 +111,18 @@ def grid_points(recipe: Recipe, grid: Mapping[str, Iterable[object]] | Sequence[
             "Give fewer values, or let `ahl tune` draw some.",
         )
     return _combined(recipe, axes)
+
+
+def grid_words(grid: Mapping[str, Iterable[object]] | Sequence[str]) -> list[str]:
+    """A grid as `ahl sweep --grid` takes it."""
+    if not isinstance(grid, Mapping):
+        return list(grid)
+    return [f"{key}={','.join(map(_word, values))}" for key, values in grid.items()]
+
+
+def _word(value: object) -> str:
+    listed = list(value) if isinstance(value, tuple) else value
+    return value if isinstance(value, str) else json.dumps(listed)
 
 
 def _combined(recipe: Recipe, axes: Mapping[str, Sequence[object]]) -> list[Point]:

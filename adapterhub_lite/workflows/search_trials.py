@@ -109,6 +109,49 @@ def kept_searches(top: Path) -> list[Kept]:
     return found
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A search that has not come to its end: what its journal says, when that was written, and who works at it.
+
+    Attributes:
+        head: what it was begun with.
+        time: seconds since 1970.
+        running: whether a process does it now.
+    """
+
+    folder: Path
+    head: dict[str, Any]
+    trials: list[Trial]
+    time: float
+    bytes: int
+    running: bool
+
+
+def waiting_searches(top: Path) -> list[Waiting]:
+    """The searches in the store at `top` that are not done and whose journal can be read, the latest first."""
+    home = top / "runs"
+    found = []
+    for folder in home.iterdir() if home.is_dir() else ():
+        with suppress(AdapterHubError, OSError):
+            time = (folder / JOURNAL).stat().st_mtime
+            head, trials = read_journal(folder)
+            if head.get("done"):
+                continue
+            size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+            found.append(Waiting(folder, head, trials, time, size, _is_running(folder)))
+    return sorted(found, key=lambda one: one.time, reverse=True)
+
+
+def _is_running(folder: Path) -> bool:
+    try:
+        number = held(folder / LOCK)
+    except OSError:  # a store that can only be read: nobody searches there
+        return False
+    if number is not None:
+        os.close(number)
+    return number is None
+
+
 def remove_search(folder: Path) -> bool:
     """Remove a search that no process holds; whether it is gone. The versions that it stored stay."""
     number = held(folder / LOCK)

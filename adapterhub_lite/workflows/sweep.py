@@ -14,11 +14,12 @@ from ..events import Listener, Note, ignore
 from ..names import Ref, check_name
 from ..recipe import Recipe
 from ..store import Store
+from .early import check_start
 from .publish import Origin, publish
 from .search_group import Crew, Found, base_of, chunks, first_job, group_size, record, stored_trial, train_group
-from .search_journal import Search
+from .search_journal import Search, absolute
 from .search_results import SearchResult, ranked, write_results
-from .search_space import Point, grid_points
+from .search_space import Point, grid_points, grid_words
 from .search_trials import FAILED, Trial
 from .train import Overrides, _loaded
 
@@ -55,16 +56,19 @@ def sweep(
         raise Unsupported("To go on and to begin anew exclude each other.", "Ask for one of them.")
     plan = _loaded(recipe, overrides)
     plan = replace(plan, name=check_name(name or plan.name))
+    grid = {key: list(values) for key, values in grid.items()} if isinstance(grid, Mapping) else list(grid)
     points = grid_points(plan, grid)
     store = store if store is not None else Store()
     first = first_job(plan, store)
+    for point in points:
+        check_start(point.recipe, store, first.start, first.task)
     store.prepare()
     told = {"grid": [{"parameters": point.parameters, "name": point.name} for point in points]}
     with Search(store.path, "sweep", first.identity(), told) as search:
         search.check(resume, from_scratch)
         if not search.is_done:
             crew = Crew(store, first, search, base_of(plan, base, on_event), base is None, on_event)
-            search.begin(first.identity(crew.base))
+            search.begin(first.identity(crew.base), asked={"grid": grid_words(grid), "out": absolute(out)})
             _train_points(crew, points, together)
             search.end()
         return write_results(search, _result(search, plan.name), out)

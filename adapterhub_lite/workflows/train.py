@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,25 +11,28 @@ from typing import Any
 
 from ..adapters.adapter import Adapter, stored_adapter
 from ..bases.load import Base, load_base
-from ..errors import AdapterHubError, AdapterMismatch, NoEffect, TrainingFailed, Unsupported
+from ..errors import AdapterHubError, NoEffect, TrainingFailed, Unsupported
 from ..events import Listener, Note, Stage, ignore
 from ..names import Ref, check_name
-from ..recipe import FileData, Recipe, load_recipe, recipe_dict
+from ..recipe import Recipe, load_recipe, recipe_dict
 from ..runtime.admit import compare_base
 from ..runtime.prompting import position_limit
 from ..store import Store
 from ..tasks.classify import Classify
 from ..tasks.instruct import Instruct
 from ..tasks.registry import make_task
-from ..tasks.rows import Rows, read_hub, read_jsonl
+from ..tasks.rows import Rows
 from ..tasks.tag import Tag
 from ..tasks.task import Task
 from ..training.runs.run import Identity, Run, data_identity
 from ..training.train import Assignment, Trained, train_adapters
+from .early import check_adapter, check_start, found_start
 from .plan import chosen_setup, kept_setup, wanted_copies
 from .publish import Origin, publish
 from .publish import base_summary as base_summary
 from .publish import libraries as libraries
+from .recipe_data import changed_since
+from .recipe_data import read_data as read_data
 
 Overrides = Mapping[str, object] | Sequence[str]
 
@@ -164,18 +166,32 @@ def _train(
         for job, one in zip(jobs, assignments, strict=True):
             on_event(Stage(f"training {job.plan.name} on {base.name}: {len(one.train)} examples"))
         found = train_adapters(assignments, base, checkpoints=checkpoints, settings=settings, on_event=on_event)
+        pairs = zip(plans, found, strict=True)
+        run.note_diverged({plan.name: one.message for plan, one in pairs if isinstance(one, TrainingFailed)})
         refs = _publish_all(store, jobs, base, found, run, resume, started, on_event)
         run.done = True
     return refs
 
 
 def _jobs(plans: Sequence[Recipe], store: Store) -> list[_Job]:
-    """Recipes with their rows read and what they start from found."""
-    jobs = [_Job(plan, read_data(plan), make_task(recipe_dict(plan)["task"])) for plan in plans]
-    for job in jobs:
-        job.task.prepare(job.rows["train"])
-        job.start = store.resolve(job.plan.start_from) if job.plan.start_from else None
-    return jobs
+    """Recipes with their rows read and what they start from found; what is wrong with one is said first."""
+    for plan in plans:
+        check_adapter(plan)
+    return [prepared(plan, store) for plan in plans]
+
+
+def prepared(plan: Recipe, store: Store) -> _Job:
+    """A recipe with its rows read, its task ready, and what it starts from found.
+
+    Raises:
+        DataError: a row that cannot be read.
+        RecipeError: `start_from` names nothing, or nothing that the recipe could go on with.
+    """
+    start = found_start(plan, store)
+    job = _Job(plan, read_data(plan), make_task(recipe_dict(plan)["task"]), start)
+    job.task.prepare(job.rows["train"])
+    check_start(plan, store, start, job.task)
+    return job
 
 
 def _publish_all(
@@ -198,7 +214,7 @@ def _publish_all(
         told: dict[str, Any] = {"run": run.id, "learner": index}
         if len(jobs) > 1:
             told["together"] = [other.plan.name for other in jobs]
-        if changed := _changed_since(job.rows):
+        if changed := changed_since(job.rows):
             told["data_changed"] = changed
             on_event(Note(f"{', '.join(changed)} changed while {job.plan.name} was trained", "warning"))
         ref = _stored_before(store, job.plan.name, run.id, index) if resume else None
@@ -268,48 +284,13 @@ def _assignment(job: _Job, base: Base, store: Store, together: bool, on_event: L
 
 
 def _start(job: _Job, base: Base, store: Store, on_event: Listener) -> Adapter:
-    """The adapter to start from, if it was made for this base and these labels."""
+    """The adapter to start from, if it was made for this base."""
     assert job.start is not None
     card = store.card(job.start)
     remark = compare_base(str(job.start), card.base, base)
     if remark:
         on_event(Note(remark, "warning"))
-    before, now = card.task.get("labels"), job.task.config.get("labels")
-    if base.kind == "encoder" and before and before != now:
-        raise AdapterMismatch(
-            f"{job.start} has {len(before)} labels ({', '.join(before[:5])}), "
-            f"this task {len(now or ())} ({', '.join((now or ())[:5])}).",
-            "Give the recipe the same labels in the same order, as task.labels.",
-        )
     return stored_adapter(store.read(job.start))
-
-
-def _changed_since(rows: Mapping[str, Rows]) -> list[str]:
-    """The files whose content is no longer what was read."""
-    return [part.source for part in rows.values() if part.is_file and _digest(Path(part.source)) != part.sha256]
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
-
-
-def read_data(recipe: Recipe) -> dict[str, Rows]:
-    """The rows of each part a recipe names.
-
-    Raises:
-        DataError: a file or dataset cannot be read.
-    """
-    parts = {}
-    for split, source in recipe.data.parts():
-        if isinstance(source, FileData):
-            parts[split] = read_jsonl(source.resolve(recipe.folder))
-        else:
-            parts[split] = read_hub(source.hub, source.split, source.config, source.revision)
-    return parts
 
 
 def _check_base(plan: Recipe, base: Base) -> None:

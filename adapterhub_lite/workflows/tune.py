@@ -24,7 +24,7 @@ from ..training.train import Trained
 from .publish import Origin, _history, adapter_summary, base_summary, libraries, publish
 from .search_draw import draw, need_optuna
 from .search_group import Crew, Found, base_of, chunks, first_job, group_size, record, stored_trial, train_group
-from .search_journal import Search
+from .search_journal import Search, absolute
 from .search_judge import HALVING, PRUNERS, Clock, Judge
 from .search_results import SearchResult, ranked, write_results
 from .search_space import Space, checked_space, default_space, read_space, space_dict, value_at
@@ -88,7 +88,9 @@ def tune(
         search.check(resume, from_scratch)
         crew = Crew(store, first, search, base_of(plan, base, on_event), base is None, on_event)
         ranges = given or default_space(plan, crew.base.kind == "encoder")
-        search.begin(first.identity(crew.base), space=space_dict(ranges))
+        asked = {"budget": budget, "trials": trials, "pruner": pruner, "seed": seed, "together": together}
+        asked |= {"space": False if isinstance(space, Mapping) else absolute(space), "out": absolute(out)}
+        search.begin(first.identity(crew.base), space=space_dict(ranges), asked=asked)
         hunt = _Hunt(crew, _measured_often(plan, first.rows), ranges, seed, pruner, together, clock, wish)
         hunt.run(trials)
         return write_results(search, hunt.result(), out)

@@ -35,7 +35,8 @@ def run(
     runs: Annotated[
         bool,
         typer.Option(
-            "--runs", help="Remove training runs that were broken off, and searches, too; --resume has nothing then."
+            "--runs",
+            help="Remove training runs that were broken off or diverged, and searches, too; --resume has nothing then.",
         ),
     ] = False,
     store: StoreOption = None,
@@ -79,10 +80,13 @@ def run(
 
 
 def _run_line(one: BrokenOff, wanted: bool, dry_run: bool) -> str:
-    fate = "`ahl train --resume` goes on with it; --runs removes it"
+    fate = "--runs removes it" if one.diverged else "`ahl train --resume` goes on with it; --runs removes it"
     if wanted:
         fate = "would go" if dry_run else "gone"
-    told = f"run of {', '.join(one.names)}, broken off after step {one.step}: {fate}"
+    what = f"broken off after step {one.step}"
+    if one.diverged:
+        what = f"{', '.join(one.diverged)} diverged after step {one.step}, and would again with this recipe"
+    told = f"run of {', '.join(one.names)}, {what}: {fate}"
     return f"{size(one.bytes):>8}  {printable(f'runs/{one.folder.name}  ({told})')}"
 
 

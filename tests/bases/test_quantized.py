@@ -14,13 +14,14 @@ import transformers
 from adapterhub_lite.bases import quantization
 from adapterhub_lite.bases.load import Base, load_base
 from adapterhub_lite.errors import Unsupported
+from adapterhub_lite.merging.dense import Edit
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
 from tests import peers
 from tests.training.build import EXAMPLES, Twin, assert_gradients_equal, peft_gradients
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-QUANTIZED = ("nf4", "int8")
+QUANTIZED = ("nf4", "nf4-double", "int8")
 ORDERS = [
     *itertools.permutations(("generate", "evaluate", "train")),
     ("train", "generate", "toggle", "train", "evaluate"),
@@ -29,8 +30,9 @@ ORDERS = [
 
 def dequantized(weight: torch.Tensor, quantize: str) -> torch.Tensor:
     """What bitsandbytes itself makes of a weight and gives back."""
-    if quantize == "nf4":
-        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    if quantize.startswith("nf4"):
+        double = quantize == "nf4-double"
+        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double)
         return bnb.functional.dequantize_4bit(packed, state)
     values, scale, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
     return bnb.functional.int8_vectorwise_dequant(values, scale)
@@ -193,3 +195,42 @@ def _dense_encoder(base: Base) -> Any:
 def test_unknown_quantisation_is_refused(tiny_folder):
     with pytest.raises(Unsupported, match="nf4"):
         load_base(str(tiny_folder("llama")), "int4", device="cpu")
+
+
+def test_scales_that_are_quantised_are_another_base_of_fewer_bytes(tiny_folder: Callable[..., Any]):
+    folder = str(tiny_folder("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=1))
+    plain, double = (load_base(folder, q, device="cpu", working_copies=False) for q in ("nf4", "nf4-double"))
+    assert double.fingerprint.quantization == double.quantization == "nf4-double"
+    assert double.fingerprint.identity == plain.fingerprint.identity
+    assert double.fingerprint.digest != plain.fingerprint.digest
+    count = quantization.bytes_of_weights(plain.model, "int8")  # a byte each
+    saved = plain.memory.quantized - double.memory.quantized
+    assert saved == pytest.approx(count * (3 / 64 - 4 / 64 / 256) - 7 * 1028, abs=7 * 4)
+    assert double.memory.quantized == pytest.approx(quantization.bytes_of_weights(double.model, "nf4-double"), rel=0.1)
+    ours, theirs = (
+        quantization.dense_weight(next(iter(layers(base.model).values()))) for base in (double, plain)
+    )  # fmt: skip
+    assert 0 < float((ours - theirs).abs().max()) < 0.02 * float(theirs.abs().max())
+    plain_weights = dict(peers.plain(double.source.folder, "CAUSAL_LM").named_modules())
+    for name, module in layers(double.model).items():
+        again = quantization.quantized_round_trip(plain_weights[name].weight.data, "nf4-double")
+        assert torch.equal(again, quantization.dense_weight(module))
+    assert Edit(quantization="nf4-double").step == 0  # a part of a weight would have other scales
+    # What is quantised twice is part of what must stay as it is.
+    before = double.live_digest()
+    state = next(iter(layers(double.model).values())).weight.quant_state
+    for value in (state.state2.absmax, state.offset):
+        value += 1
+        assert double.live_digest() != before
+        value -= 1
+
+
+def test_bytes_of_weights_are_those_of_layers_that_are_quantised(tiny_folder: Callable[..., Any]):
+    base = load_base(str(tiny_folder("llama", **WIDE)), "none", device="cpu")
+    held = {n: m for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    count = sum(m.weight.numel() for m in held.values())
+    assert quantization.bytes_of_weights(base.model, "none") == 4 * count
+    assert quantization.bytes_of_weights(base.model, "int8") == count
+    assert quantization.bytes_of_weights(base.model, "nf4") == pytest.approx(count * 0.5625, abs=7)
+    again = load_base(str(tiny_folder("llama", **WIDE)), "nf4", device="cpu", working_copies=False)
+    assert quantization.bytes_of_weights(again.model, "int8") == count

@@ -18,9 +18,14 @@ def test_a_plan_is_told_as_one_object(shop: Shop, tmp_path: Path) -> None:
         "base", "learnings", "setup", "choices", "steps", "tokens", "computed", "packs", "memory", "time", "fit",
         "overrides", "tokens_per_second",
     }  # fmt: skip
-    assert found["setup"] == {"pack_tokens": 1024, "checkpointing": False, "working_copies": False}
+    assert found["setup"] == {
+        "pack_tokens": 1024, "checkpointing": False, "working_copies": False, "recompute_mlp": False, "offload": False,
+        "table_on_host": False,
+    }  # fmt: skip
     assert found["overrides"] == ["training.pack_tokens=1024", "training.checkpointing=false"]
-    assert set(found["memory"]) == {"base", "adapters", "work", "writing", "peak", "available", "above"}
+    assert set(found["memory"]) == {
+        "base", "adapters", "work", "writing", "peak", "available", "above", "on_host", "host_room"
+    }  # fmt: skip
     assert set(found["time"]) == {"total", "evaluating", "writing"}
     assert found["choices"]["computation"]["value"] == "fused decoder"
     assert all(choice["reason"] for choice in found["choices"].values())

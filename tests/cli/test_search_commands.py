@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -31,7 +32,19 @@ def test_sweep(validated: Path, tmp_path: Path) -> None:
     done = ahl(*arguments, "--store", store, "--out", out)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["TRIAL", "RANK", "SEED", "LOSS", "TEST", "EXACT_MATCH", "STEPS", "ENDED", "STORED"]
+    assert lines[0].split() == [
+        "TRIAL",
+        "RANK",
+        "SEED",
+        "LOSS",
+        "TEST",
+        "EXACT_MATCH",
+        "TEST",
+        "ROUGE_L",
+        "STEPS",
+        "ENDED",
+        "STORED",
+    ]
     losses = [float(line.split()[3]) for line in lines[1:5]]
     assert losses == sorted(losses)
     assert "95 % interval" in done.stdout
@@ -138,3 +151,73 @@ def test_the_command_that_goes_on() -> None:
     options = [("--grid", ["rank=2,4", "lr=1,2"]), ("-o", None), ("--together", 2)]
     found = going_on(["sweep", "a b.yaml"], options, Path("/s"))
     assert found == "ahl sweep 'a b.yaml' --grid rank=2,4 --grid lr=1,2 --together 2 --store /s --resume"
+
+
+# --- searches that wait ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("sweep", ["--grid", "rank=2,4", "--grid", "targets=all-linear,[q_proj,v_proj]"]),
+        ("tune", ["--trials", "4", "--seed", "3", "--budget", "1h30m", "--pruner", "none", "--together", "2"]),
+    ],
+)
+def test_a_search_that_was_broken_off_is_listed_with_the_command_that_goes_on(
+    validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: list[str]
+) -> None:
+    from adapterhub_lite.training.member import Member
+
+    original, store = Member.evaluated, tmp_path / "store"
+
+    def evaluated(self: Member, sums: object) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, sums)  # type: ignore[arg-type]
+
+    more = ["--set", "training.epochs=2", "--store", store]
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "evaluated", evaluated)
+        assert ahl(kind, validated, *options, *more).exit_code == 130
+    found = told("runs", "--store", store)
+    assert found["runs"] == []
+    (one,) = found["searches"]
+    assert (one["kind"], one["name"], one["running"], one["problem"]) == (kind, "parrot", False, "")
+    assert one["ended"] < one["trials"]
+    text = ahl("runs", "--store", store).stdout
+    assert one["resume"] in text
+    assert f"{kind} of parrot" in text
+    words = shlex.split(one["resume"])
+    assert words[:3] == ["ahl", kind, str(validated)]
+    assert words[-1] == "--resume"
+    for word in options:
+        assert ("5400s" if word == "1h30m" else word) in words
+    assert "training.epochs=2.0" in words
+    done = told(*words[1:])
+    assert all(trial["state"] for trial in done["trials"])
+    assert told("runs", "--store", store)["searches"] == []
+
+
+def test_a_search_from_python_or_of_a_recipe_that_changed_says_so(validated: Path, tmp_path: Path) -> None:
+    from adapterhub_lite.store import Store
+    from adapterhub_lite.workflows.sweep import sweep
+    from adapterhub_lite.workflows.tune import tune
+    from tests.workflows.searching import Killed, at_evaluation, die
+
+    twice = {"training.epochs": 2, "training.checkpoint_every": 1}
+    store = Store(tmp_path / "store")
+    with pytest.raises(Killed):
+        sweep(validated, {"rank": [2, 4]}, store=store, overrides=twice, on_event=at_evaluation(3, die))
+    (one,) = told("runs", "--store", store.path)["searches"]
+    assert one["resume"].split()[3:5] == ["--grid", "rank=2,4"]
+    before = validated.read_text()
+    validated.unlink()
+    (one,) = told("runs", "--store", store.path)["searches"]
+    assert not one["resume"]
+    assert "is not what it was begun with" in one["problem"]
+    validated.write_text(before)
+    other = Store(tmp_path / "other")
+    with pytest.raises(Killed):
+        tune(validated, trials=2, space={"rank": [2, 4]}, store=other, overrides=twice, on_event=at_evaluation(3, die))
+    (one,) = told("runs", "--store", other.path)["searches"]
+    assert one["problem"] == "It was begun from Python: tune(recipe, space=..., resume=True) goes on."
+    assert one["problem"] in ahl("runs", "--store", other.path).stdout

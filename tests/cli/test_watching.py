@@ -162,6 +162,7 @@ def test_scalars_of_a_run(installed: type[Writer], shop: Shop, tmp_path: Path) -
     tags = {tag for tag, _, _ in writer.scalars}
     assert tags == {
         "loss/step", "loss/smoothed", "learning_rate", "speed/tokens_per_second", "memory/bytes", "test/exact_match",
+        "test/rouge_l",
     }  # fmt: skip
     card = json.loads((tmp_path / "s/adapters/parrot/1/card.json").read_bytes())
     losses = [(round(value, 5), number) for tag, value, number in writer.scalars if tag == "loss/step"]
@@ -302,3 +303,55 @@ def test_versions_of_the_log_are_told() -> None:
     assert event_log.VERSION == 1
     with pytest.raises(Unsupported):
         EventLog("/")
+
+
+def test_a_run_that_diverged_says_so_and_goes_with_gc(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterhub_lite.training.member import Member
+
+    original, store = Member.learn, tmp_path / "store"
+
+    def learn(self: Member, sums: Any) -> bool:
+        if self.step == 2:
+            sums.total = float("nan")
+        return original(self, sums)
+
+    monkeypatch.setattr(Member, "learn", learn)
+    failed = ahl("train", shop.recipe("parrot"), "-o", "training.checkpoint_every=1", "--store", store)
+    assert failed.exit_code == 1
+    assert "goes on from step 2, which is kept until `ahl gc --runs`" in failed.stderr
+    (one,) = told("runs", "--store", store)["runs"]
+    assert list(one["diverged"]) == ["parrot"]
+    assert "at step 3: training diverged" in one["diverged"]["parrot"]
+    text = ahl("runs", "--store", store).stdout
+    assert "parrot: Loss nan" in text
+    assert "Change the recipe and train anew; `ahl gc --runs` removes this. If the machine erred:" in text
+    assert one["resume"] in text
+    kept = ahl("gc", "--store", store).stdout
+    assert "parrot diverged after step 2, and would again with this recipe: --runs removes it" in kept
+    (waits,) = told("gc", "--store", store)["runs"]
+    assert waits["diverged"] == ["parrot"]
+    told("gc", "--runs", "--store", store)
+    assert told("runs", "--store", store)["runs"] == []
+
+
+def test_what_never_wrote_a_checkpoint_promises_none(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterhub_lite.training.member import Member
+
+    original = Member.learn
+
+    def learn(self: Member, sums: Any) -> bool:
+        if self.step == 2:
+            sums.total = float("nan")
+        return original(self, sums)
+
+    monkeypatch.setattr(Member, "learn", learn)
+    store = tmp_path / "store"
+    failed = ahl("train", shop.recipe("parrot"), "-o", "training.checkpoint_every=never", "--store", store)
+    assert failed.exit_code == 1
+    assert "training diverged" in failed.stderr
+    assert "which is kept" not in failed.stderr
+    assert told("runs", "--store", store)["runs"] == []

@@ -133,7 +133,7 @@ def test_instruct_refusals(folder: Path) -> None:
         return str(problems(folder, LEAST.replace("{type: instruct}", f"{{type: instruct, {task}}}"))[0])
 
     assert "exclude each other" in of("prompt: q, template: '{q}'")
-    assert "expected one of exact_match, sql_execution" in of("metrics: [bleu]")
+    assert "expected one of rouge_l, exact_match, sql_execution" in of("metrics: [bleu]")
     assert "Did you mean 'exact_match'?" in of("metrics: [exact_mach]")
     assert "at least 1 entry" in of("metrics: []")
     assert "from 1 to 8192" in of("max_new_tokens: 0")

@@ -4,13 +4,17 @@ model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from adapterhub_lite.store.fs import FileSystem
 
-OPERATIONS = ("create", "write", "fsync", "close", "fsync_dir", "mkdir", "link", "rename", "replace", "unlink", "rmdir")
+OPERATIONS = (
+    "create", "write", "copy_range", "fsync", "close", "fsync_dir", "mkdir", "link", "rename", "replace", "unlink",
+    "rmdir",
+)  # fmt: skip
 
 
 class Unsynced(FileSystem):
@@ -51,6 +55,8 @@ class Failing(Unsynced):
                 self.kind = name
                 if self.torn and name == "write":
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                elif self.torn and name == "copy_range":
+                    call(*arguments[:3], arguments[3] // 2)
                 elif self.late and name != "close":
                     call(*arguments)
                 self._fail(name, call, arguments)
@@ -82,6 +88,11 @@ class Recording(Unsynced):
     def write(self, fd: int, data: memoryview) -> int:
         count = super().write(fd, data[: max(500, len(data) // 2)])  # short writes for all but the smallest files
         self.log.append(("write", self._open[fd], bytes(data[:count])))
+        return count
+
+    def copy_range(self, source: int, target: int, offset: int, count: int) -> int:
+        count = super().copy_range(source, target, offset, min(count, max(500, count // 2)))
+        self.log.append(("write", self._open[target], os.pread(source, count, offset)))
         return count
 
     def fsync(self, fd: int) -> None:

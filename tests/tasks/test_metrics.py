@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from adapterhub_lite.errors import DataError
+from adapterhub_lite.recipe.schema import METRICS
 from adapterhub_lite.tasks import metrics
 from adapterhub_lite.tasks.metrics import accuracy, exact_match, macro_f1, sql_execution
 
@@ -109,7 +111,7 @@ def test_rows_need_a_database():
 def test_exact_match_ignores_white_space_only():
     assert exact_match(" a\n b ", "a b", {}) == 1.0
     assert exact_match("A b", "a b", {}) == 0.0
-    assert set(metrics.METRICS) == {"exact_match", "sql_execution"}
+    assert set(metrics.METRICS) == {"rouge_l", "exact_match", "sql_execution"} == set(METRICS)
 
 
 def test_accuracy_and_macro_f1_by_definition():
@@ -172,3 +174,41 @@ def test_an_answer_cannot_exhaust_the_machine_or_win_by_saying_nothing(query: st
 def test_order_counts_only_where_the_result_is_ordered(reference: str, answer: str, expected: float):
     row = {"database": "CREATE TABLE t (a); INSERT INTO t VALUES (2), (1), (3)"}
     assert sql_execution(answer, reference, row) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("the cat sat", "The cat sat.", 1.0),
+        ("police killed the gunman", "police kill the gunman", 0.75),
+        ("the gunman kill police", "police killed the gunman", 0.5),
+        ("a b", "a x b y", 2 * 2 / 6),
+        ("", "a b", 0.0),
+        ("...", "a b", 0.0),
+        ("...", "...", 1.0),
+        ("+", "-", 0.0),
+        ("a a a a", "a", 2 * 1 / 5),
+        ("Straße", "STRASSE", 1.0),
+        ("今日は晴れ", "今日は雨", 2 * 3 / 9),
+        ("3.5 kg", "3.5 lb", 2 * 2 / 6),
+    ],
+)
+def test_rouge_l_is_the_common_part_in_order(answer: str, reference: str, score: float):
+    """The second and third: examples of Lin (2004), section 3."""
+    assert metrics.rouge_l(answer, reference, {}) == pytest.approx(score)
+
+
+def test_the_longest_common_subsequence_is_that_of_the_plain_table():
+    chance = random.Random(0)
+    for _ in range(200):
+        first, second = ([chance.choice("abcd") for _ in range(chance.randint(0, 90))] for _ in range(2))
+        rows = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+        for i, one in enumerate(first):
+            for j, other in enumerate(second):
+                rows[i + 1][j + 1] = rows[i][j] + 1 if one == other else max(rows[i][j + 1], rows[i + 1][j])
+        assert metrics._longest_common(first, second) == rows[-1][-1]
+
+
+def test_long_answers_are_scored_quickly_enough():
+    text = " ".join(str(i % 977) for i in range(20_000))
+    assert metrics.rouge_l(text, text, {}) == 1.0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapterhub_lite.bases.quantization import state_tensors
 from adapterhub_lite.training.computation import Settings
 from adapterhub_lite.training.decoder.fused import FusedDecoder
 from adapterhub_lite.training.decoder.ops import TorchOps
@@ -24,8 +25,8 @@ ROWS = [(2048, 1024)]
 
 
 def least(shape: Shape, offload: bool = True, pack: int = 2048) -> Footprint:
-    settings = Settings(pack, checkpoint=True, offload=offload)
-    return footprint(shape, [Lora(16)], Plan(settings, double=True, table_on_host=True), ROWS)
+    settings = Settings(pack, checkpoint=True, offload=offload, table_on_host=True)
+    return footprint(shape, [Lora(16)], Plan(settings, quantize="nf4-double"), ROWS)
 
 
 def at_full_depth(shape: Shape) -> float:
@@ -56,7 +57,10 @@ def test_offloaded_work_does_not_grow_with_layers():
 
 
 @pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("settings", [Settings(64), Settings(64, checkpoint=True), Settings(64, True, offload=True)])
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(64), Settings(64, recompute_mlp=True), Settings(64, checkpoint=True), Settings(64, True, offload=True)],
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_buffers_are_those_really_made(tmp_path: Path, family: str, settings: Settings, lean: bool):
     base = cases.base_of(
@@ -93,7 +97,7 @@ class _Unseeing(TorchOps):
 
 
 def test_weights_are_counted_as_a_base_has_them(tmp_path: Path):
-    for quantize in ("none", "nf4", "int8"):
+    for quantize in ("none", "nf4", "nf4-double", "int8"):
         base = cases.base_of(
             cases.folder(tmp_path / quantize, "qwen2"), "float32", quantize, **(_BARE if quantize != "none" else {})
         )
@@ -107,7 +111,7 @@ def test_weights_are_counted_as_a_base_has_them(tmp_path: Path):
         scales = 0
         for module in base.model.modules():
             if type(module).__name__ == "Linear4bit":
-                scales += module.weight.quant_state.absmax.nbytes + 64
+                scales += sum(one.nbytes for one in state_tensors(module.weight.quant_state).values()) + 64
             elif type(module).__name__ == "Linear8bitLt":
                 scales += module.weight.SCB.nbytes
         assert found.weights == rest + scales

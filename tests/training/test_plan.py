@@ -12,10 +12,12 @@ import torch
 
 from adapterhub_lite.errors import Unsupported
 from adapterhub_lite.recipe import TrainingConfig
+from adapterhub_lite.training.computation import Load, Settings
 from adapterhub_lite.training.planning.calibrate import Calibration, Sample, drawn_on, probes
 from adapterhub_lite.training.planning.costs import Costs, fit_costs
-from adapterhub_lite.training.planning.loads import Load, Stride, Work
+from adapterhub_lite.training.planning.loads import Stride, Work
 from adapterhub_lite.training.planning.plan import (
+    FIELDS,
     Memory,
     Setup,
     bytes_text,
@@ -28,6 +30,7 @@ from adapterhub_lite.training.planning.plan import (
 from adapterhub_lite.training.planning.room import Peak, held, room, settle
 
 CPU = torch.device("cpu")
+EVERY = frozenset({"recompute_mlp", "offload", "table_on_host"})
 TRUE = Costs(0.01, 2e-4, 3e-7, 5e-5)
 LOADS = [
     Load((), n, n * n // k, n // j) for n, k, j in ((40, 1, 2), (200, 3, 5), (600, 7, 2), (1000, 2, 9), (64, 4, 1))
@@ -71,21 +74,68 @@ def _config(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**changes)
 
 
-def test_setups_go_from_fast_to_small() -> None:
-    found = ladder([_config()], 300, True, "cpu")
+def test_setups_lose_ever_more_time_and_all_are_there() -> None:
+    found = ladder([_config()], 300, True, "cpu", dequantises=True)
     assert found == [
         *(Setup(size, False, True) for size in (1024, 512)),
         *(Setup(size, False, False) for size in (1024, 512)),
         *(Setup(size, True, False) for size in (1024, 512)),
     ]
-    assert [s.pack_tokens for s in ladder([_config()], 20, False, "cpu")] == [1024, 512, 256, 128, 64] * 2
+    assert [s.pack_tokens for s in ladder([_config()], 20, False, "cpu")][:5] == [1024, 512, 256, 128, 1024]
     assert ladder([_config()], 5000, False, "cpu") == [Setup(1024), Setup(1024, True)]
     assert ladder([_config()], 5000, False, "cuda")[0] == Setup(8192)
+    whole = ladder([_config()], 2000, False, "cuda", heeds=EVERY, dequantises=True)
+    assert len(whole) == len(set(whole)) == 3 * 2 * (2 + 2)  # sizes, table, and again: none, gates, all, all away
+    lost = [setup.lost("cuda", True) for setup in whole]
+    assert lost == sorted(lost)
+    assert whole[0] == Setup(8192)
+    assert whole[-1] == Setup(2048, True, offload=True, table_on_host=True)
+
+
+def test_part_of_a_layer_is_computed_again_before_all_of_it() -> None:
+    found = ladder([_config()], 1000, False, "cpu", heeds=frozenset({"recompute_mlp"}))
+    assert found == [Setup(1024), Setup(1024, recompute_mlp=True), Setup(1024, True)]
+
+
+def test_weights_that_are_dequantised_in_each_pack_make_small_packs_dear() -> None:
+    found = ladder([_config()], 20, True, "cpu", heeds=frozenset({"recompute_mlp"}), dequantises=True)
+    first = {keeps: found.index(Setup(64, False, keeps)) for keeps in (True, False)}
+    assert found.index(Setup(1024, False, False)) < first[True] < found.index(Setup(1024, True, False)) < first[False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "values"),
+    [
+        ({"recompute_mlp": True}, "recompute_mlp", {True, False}),  # where all is computed again it is part of that
+        ({"recompute_mlp": True, "checkpointing": False}, "recompute_mlp", {True}),
+        ({"recompute_mlp": False}, "recompute_mlp", {False}),
+        ({"offload": True}, "offload", {True}),
+        ({"offload": True}, "checkpointing", {True}),
+        ({"offload": False}, "offload", {False}),
+        ({"table_on_host": True}, "table_on_host", {True}),
+        ({"table_on_host": False}, "table_on_host", {False}),
+    ],
+)
+def test_what_a_recipe_says_of_the_host_is_heard(changes: dict[str, Any], key: str, values: set[bool]) -> None:
+    found = ladder([_config(**changes)], 2000, False, "cuda", heeds=EVERY)
+    assert {getattr(one, key) for one in found} == values
+    assert not any(one.offload and not one.checkpointing for one in found)
+    assert {getattr(one, key) for one in ladder([_config(**changes)], 2000, False, "cpu")} <= {
+        False, key == "checkpointing"
+    }  # fmt: skip
+
+
+def test_a_setup_is_what_a_computation_takes() -> None:
+    assert Setup(99, True, True, offload=True, table_on_host=True).settings == Settings(
+        99, checkpoint=True, offload=True, table_on_host=True
+    )
+    assert Setup(99, recompute_mlp=True).settings == Settings(99, recompute_mlp=True)
+    assert set(FIELDS) <= set(TrainingConfig.__dataclass_fields__)
 
 
 def test_what_a_recipe_says_is_in_all_setups() -> None:
     assert ladder([_config(pack_tokens=700, checkpointing=False)], 20, False, "cpu") == [Setup(700)]
-    found = ladder([_config(checkpointing=True)], 300, True, "cpu")
+    found = ladder([_config(checkpointing=True)], 300, True, "cpu", dequantises=True)
     assert found == [Setup(size, True, keeps) for keeps in (True, False) for size in (1024, 512)]
     assert {s.working_copies for s in ladder([_config(working_copies=True)], 300, True, "cpu")} == {True}
     assert {s.working_copies for s in ladder([_config(working_copies=False)], 300, True, "cpu")} == {False}
@@ -122,6 +172,10 @@ def test_memory_is_what_dry_steps_took_and_what_comes_later() -> None:
     memory = memory_of(calibration(peak=9000, best=40))
     assert (memory.peak, memory.adapters, memory.writing) == (9040, 440, 680)
     assert memory_of(calibration(after=9000, peak=9000, best=40)).peak == 9040 + 680
+    # What left the device meanwhile made room for work.
+    memory = memory_of(calibration(peak=3000, table=50, on_host=70, host_room=90))
+    assert (memory.work, memory.peak) == (3000 - 950 - 400, 3000)
+    assert (memory.on_host, memory.host_room) == (70, 90)
 
 
 def test_time_is_that_of_each_step_and_evaluation() -> None:
@@ -147,6 +201,8 @@ def test_a_peak_fits_into_what_there_is_and_what_is_allowed() -> None:
     assert not fits(replace(memory, available=1999))
     assert fits(memory, 2900)
     assert not fits(memory, 2899)
+    assert fits(replace(memory, on_host=95, host_room=100))
+    assert not fits(replace(memory, on_host=96, host_room=100))
 
 
 def test_larger_packs_are_drawn_on_with_care() -> None:

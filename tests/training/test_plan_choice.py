@@ -20,7 +20,7 @@ from adapterhub_lite.recipe import load_recipe, recipe_dict
 from adapterhub_lite.store import Store
 from adapterhub_lite.training import train as training
 from adapterhub_lite.training.planning.calibrate import Calibration, TooLarge, calibrate
-from adapterhub_lite.training.planning.plan import Plan, Setup
+from adapterhub_lite.training.planning.plan import Plan, Setup, ladder
 from adapterhub_lite.training.runs.folders import read_identity, run_folders
 from adapterhub_lite.workflows import plan as planning
 from adapterhub_lite.workflows import train as workflow
@@ -35,17 +35,19 @@ MB = 10**6
 
 @pytest.fixture
 def needs(monkeypatch: pytest.MonkeyPatch) -> list[Setup]:
-    """Dry steps of a made-up size: 100 MB and one for each token, half of that computed twice, 300 for copies."""
+    """Dry steps of a made-up size: 100 MB and one for each token, half of that computed twice, three quarters with
+    gate and up computed again, 300 for copies.
+    """
     tried: list[Setup] = []
     real: list[Calibration] = []
 
     def made_up(assignments: Any, base: Base, settings: Any, *rest: Any) -> Any:
         copies = copies_there(base)
-        tried.append(Setup(settings.pack_tokens, settings.checkpoint, copies))
-        work = settings.pack_tokens * MB // (2 if settings.checkpoint else 1)
+        tried.append(Setup(settings.pack_tokens, settings.checkpoint, copies, settings.recompute_mlp))
+        work = settings.pack_tokens * MB // 4 * (2 if settings.checkpoint else 3 if settings.recompute_mlp else 4)
         peak = 100 * MB + work + 300 * MB * copies
         if work >= 1024 * MB:
-            raise TooLarge(peak)
+            raise TooLarge(peak, 100 * MB, rest[0] or 10**12)
         real[:] = real or [calibrate(assignments, base, settings, None, 1)]
         return replace(real[0], base=100 * MB, peak=peak, after=100 * MB, state=0, best=0, available=10**12)
 
@@ -62,16 +64,17 @@ def quantized(tiny_folder: Callable[..., Path]) -> Base:
 def test_a_smaller_limit_gives_a_setup_no_larger(quantized: Base, tmp_path: Path, needs: list[Setup]) -> None:
     assignments = assignments_of(tmp_path, quantized, LORA)
     found: list[Plan] = []
-    limits = [2000, 470, 400, 180, 140]
+    limits = [2000, 660, 470, 400, 300, 180, 140]
     for limit in limits:
         found.append(best_plan(assignments, quantized, limit * MB))
         assert found[-1].memory.peak <= limit * MB
         assert copies_there(quantized)
-    order = [Setup(n, twice, keeps) for keeps, twice in ((True, False), (False, False), (False, True))
-             for n in (1024, 512, 256, 128, 64)]  # fmt: skip
+    configs, heeds = [one.recipe.training for one in assignments], frozenset({"recompute_mlp"})
+    order = ladder(configs, 20, True, "cpu", heeds=heeds, dequantises=True)
     places = [order.index(one.setup) for one in found]
     assert places == sorted(places)
-    assert len(set(places)) == 5
+    assert len(set(places)) >= 6
+    assert {one.setup.recompute_mlp for one in found} == {one.setup.checkpointing for one in found} == {False, True}
     # What is learnt is the same in all.
     assert len({(one.steps, one.tokens, one.learnings) for one in found}) == 1
     with pytest.raises(CapacityError):
@@ -81,17 +84,26 @@ def test_a_smaller_limit_gives_a_setup_no_larger(quantized: Base, tmp_path: Path
 def test_the_first_that_fits_is_taken_and_the_reason_told(quantized: Base, tmp_path: Path, needs: list[Setup]) -> None:
     assignments = assignments_of(tmp_path, quantized, LORA)
     made = best_plan(assignments, quantized, 400 * MB)
-    assert [(one.pack_tokens, one.working_copies) for one in needs] == [
-        *((n, True) for n in (1024, 512, 256, 128, 64)), (1024, False), (512, False), (256, False),
+    # Half of what took far too much is not tried.
+    assert needs == [
+        Setup(1024, False, True), Setup(256, False, True), Setup(1024), Setup(1024, False, True, True),
+        Setup(128, False, True), Setup(256, False, True, True), Setup(1024, False, False, True),
+        Setup(128, False, True, True), Setup(64, False, True), Setup(1024, True), Setup(256),
     ]  # fmt: skip
-    assert made.setup == Setup(256, False, False)
-    assert made.choices["pack_tokens"].reason == "packs of 512 tokens would take 612 MB"
-    assert made.choices["checkpointing"].value == "off"
+    assert made.setup == Setup(256)
+    told = "packs of 1,024 tokens with layers computed twice would take 612 MB"
+    assert made.choices["pack_tokens"].reason == told
+    assert (made.choices["checkpointing"].value, made.choices["recompute_mlp"].value) == ("off", "off")
     assert made.overrides == [
         "training.pack_tokens=256", "training.checkpointing=false", "training.working_copies=false",
+        "training.recompute_mlp=false",
     ]  # fmt: skip
     assert "packs of 256 tokens" in line(made)
-    assert "layers computed twice" not in line(made)
+    assert "computed twice" not in line(made)
+    less = best_plan(assignments, quantized, 300 * MB)
+    assert less.setup == Setup(256, recompute_mlp=True)
+    assert less.choices["recompute_mlp"].value == "on"
+    assert "gate and up computed twice" in line(less)
     tight = best_plan(assignments, quantized, 140 * MB)
     assert tight.setup == Setup(64, True, False)
     assert "layers computed twice" in line(tight)
@@ -103,13 +115,16 @@ def test_a_refusal_names_numbers_and_knobs(tiny_base: Callable[..., Base], tmp_p
     with pytest.raises(CapacityError) as caught:
         best_plan(assignments_of(tmp_path, base, LORA, fixed), base, 300 * MB)
     told = str(caught.value)
-    assert "tiny-0 takes 612 MB" in told
+    assert "tiny-0 takes 484 MB" in told
+    assert "gate and up computed twice" in told
     assert "packs of 512 tokens" in told
     assert "300 MB may be taken (--fit)" in told
-    for knob in ("training.pack_tokens: ", "training.checkpointing: true takes about 256 MB less", "quantize: nf4",
+    for knob in ("training.pack_tokens: ", "training.checkpointing: true takes about 192 MB less", "quantize: nf4",
                  "training.max_length: ", "adapter.rank: 2"):  # fmt: skip
         assert knob in told
-    assert len(needs) == 1
+    assert "a smaller base" in told
+    assert len(needs) == 3  # the least of them once more, without the limit
+    assert caught.value.hint.startswith("--fit 494MB is enough.")
 
 
 def test_recipes_keep_what_they_fix(tiny_base: Callable[..., Base], tmp_path: Path) -> None:
@@ -248,7 +263,10 @@ def test_going_on_computes_as_it_was_begun(
     with pytest.raises(Gone):
         train(path, store=store, base=base, on_event=die)
     (folder,) = run_folders(store.path)
-    assert read_identity(folder)["computed"] == {"pack_tokens": 100, "checkpointing": True, "working_copies": False}
+    assert read_identity(folder)["computed"] == {
+        "pack_tokens": 100, "checkpointing": True, "working_copies": False, "recompute_mlp": False, "offload": False,
+        "table_on_host": False,
+    }  # fmt: skip
     given: list[Any] = []
     inner = training.make_computation
     monkeypatch.setattr(training, "make_computation", lambda *a: (given.append(a[2]), inner(*a))[1])

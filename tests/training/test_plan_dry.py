@@ -20,7 +20,7 @@ from adapterhub_lite.training.encoder import fused as encoder
 from adapterhub_lite.training.modules import computation as modules
 from adapterhub_lite.training.planning import calibrate as dry
 from adapterhub_lite.training.planning.calibrate import TooLarge, calibrate, copies_dropped
-from adapterhub_lite.training.planning.loads import evaluated_after, loads, rows_of, work_of
+from adapterhub_lite.training.planning.loads import evaluated_after, rows_of, work_of
 from adapterhub_lite.training.train import Assignment, Trained, new_members, train_adapters
 from adapterhub_lite.workflows.plan import best_plan
 from adapterhub_lite.workflows.train import _assignment, _jobs
@@ -82,13 +82,13 @@ def test_planned_packs_are_those_that_are_computed(
     monkeypatch.setattr(modules.ModuleComputation, "_forward", spied)
     member = members[0]
     for step in range(member.order.total):
-        planned = loads(computation, learners, SETTINGS, rows_of(members, step))
+        planned = computation.loads(rows_of(members, step))
         seen.clear()
         computation.gradients(member.rows())
         assert sorted(seen) == sorted((load.tokens, len(load.rows)) for load in planned)
         member.step += 1
     (part,) = member.validation_rows()
-    planned = loads(computation, learners, SETTINGS, part, training=False)
+    planned = computation.loads(part, training=False)
     seen.clear()
     computation.losses(part)  # its rows have no keys of their own
     assert sorted(tokens for tokens, _ in seen) == sorted(load.tokens for load in planned)
@@ -130,9 +130,9 @@ def test_a_long_run_is_looked_at_here_and_there(
     assignments = assignments_of(tmp_path, base, LORA, {"epochs": 40, "batch_size": 2})
     learners, members = new_members(assignments, base)
     computation = make_computation(base, learners, SETTINGS)
-    whole = work_of(computation, learners, SETTINGS, members)
+    whole = work_of(computation, members)
     monkeypatch.setattr("adapterhub_lite.training.planning.loads._LOOKED_AT", 60)
-    some = work_of(computation, learners, SETTINGS, members)
+    some = work_of(computation, members)
     assert (len(whole.strides), whole.steps) == (280, 280)
     assert 60 <= len(some.strides) <= 62
     assert sum(stride.weight for stride in some.strides) == pytest.approx(280)

@@ -22,7 +22,7 @@ from adapterhub_lite.errors import NotFound, StoreCorrupt, StoreError, TrainingF
 from adapterhub_lite.events import Evaluated, Note, Step
 from adapterhub_lite.recipe import load_recipe
 from adapterhub_lite.store import Store
-from adapterhub_lite.training.runs.folders import held
+from adapterhub_lite.training.runs.folders import broken_off, diverged, held, run_folders
 from adapterhub_lite.training.runs.run import Identity, Run
 from adapterhub_lite.workflows import train as workflow
 from adapterhub_lite.workflows.train import train
@@ -365,7 +365,7 @@ def test_two_processes(scene: Any, tmp_path: Path):
     path, base, store = broken(scene, tmp_path)
     (folder,) = runs(store)
     code = (
-        "import sys, time; from pathlib import Path; from adapterhub_lite.training.run_folders import held\n"
+        "import sys, time; from pathlib import Path; from adapterhub_lite.training.runs.folders import held\n"
         "print(held(Path(sys.argv[1]) / 'lock') is not None, flush=True); time.sleep(100)\n"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -457,6 +457,10 @@ def test_what_diverged_can_be_gone_on_with_and_is_kept(scene: Any, tmp_path: Pat
         train(path, store=store, base=base)
     assert "ahl train --resume" in str(caught.value)
     assert store.names() == []
+    (folder,) = run_folders(store.path)
+    assert list(diverged(folder)) == ["tiny"]
+    assert "at step 4" in diverged(folder)["tiny"]
+    assert broken_off(store.path)[0].diverged == ("tiny",)
     assert_equal_across(store, train(path, store=store, base=base, resume=True), reference, whole)
 
 

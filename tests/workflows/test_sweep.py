@@ -19,6 +19,7 @@ from adapterhub_lite.errors import (
     TrainingInterrupted,
     Unsupported,
 )
+from adapterhub_lite.events import Evaluated
 from adapterhub_lite.names import Ref
 from adapterhub_lite.recipe import load_recipe
 from adapterhub_lite.store import Store
@@ -263,3 +264,10 @@ def test_names_of_points(tiny_base, tmp_path: Path):
 def test_ranks_put_what_was_not_measured_last():
     trials = [Trial(0, {}, loss=None), Trial(1, {}, loss=2.0), Trial(2, {}, loss=0.5), Trial(3, {}, loss=2.0)]
     assert [trial.number for trial in ranked(trials)] == [2, 1, 3, 0]
+
+
+def test_lines_of_the_test_part_say_whose_they_are(tiny_base, tmp_path: Path):
+    base, told = tiny_base("llama"), []
+    result = sweep(recipe(tmp_path, base), {"rank": [2, 4]}, store=Store(), base=base, on_event=told.append)
+    tested = [event.learner for event in told if isinstance(event, Evaluated) and event.split == "test"]
+    assert sorted(tested) == sorted(trial.ref.partition("@")[0] for trial in result.trials)

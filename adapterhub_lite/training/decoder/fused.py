@@ -14,11 +14,11 @@ import torch
 
 from ...bases.load import Base
 from ...tasks.task import Example
-from ..computation import Learner, Row, Settings, Sums
+from ..computation import Learner, Load, Row, Settings, Sums
 from ..losses import head_losses
 from ..memory.buffers import Buffers
 from ..memory.offload import inputs_for, look_up
-from ..packs import Pack, make_packs, supervised
+from ..packs import Pack, load_of, make_packs, placed, supervised
 from ..trainable import TrainablePrefix
 from .cuda import CudaOps
 from .layer import AGAIN, Layer, PrefixKeys, Scene
@@ -36,6 +36,7 @@ class FusedDecoder:
     """A `Computation` for what `decoder_parts.not_covered` finds covered."""
 
     name = "fused decoder"
+    padded = False
 
     def __init__(
         self,
@@ -77,13 +78,17 @@ class FusedDecoder:
         """The most bytes of buffers at once so far."""
         return self._buffers.most
 
+    @property
+    def on_host(self) -> int:
+        """See `Computation`."""
+        return self._inputs.on_host if self._inputs else 0
+
     def gradients(self, rows: Sequence[Row]) -> list[Sums]:
         """See `Computation`."""
-        dropouts = [getattr(learner.trainable, "dropout", 0.0) for learner in self._learners]
         with torch.no_grad():
             self._read()
             self._prefixes.read(self._base.dtype)
-            found = self._run(rows, dropouts, True)
+            found = self._run(rows, True)
             self._give()
         self._prefixes.give()
         return found
@@ -93,7 +98,19 @@ class FusedDecoder:
         with torch.no_grad():
             self._read()
             self._prefixes.read(self._base.dtype)
-            return self._run(rows, [0.0] * len(self._learners), False)
+            return self._run(rows, False)
+
+    def loads(self, rows: Sequence[Row], training: bool = True) -> list[Load]:
+        """See `Computation`."""
+        return [load_of(pack.pieces) for pack in self._packs(placed(rows), training)]
+
+    def tokens(self, row: Row) -> int:
+        """See `Computation`."""
+        return len(row.example.ids)
+
+    def release(self) -> None:
+        """See `Computation`."""
+        self._buffers.clear()
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Logits [tokens, vocabulary] of one text without any adapter."""
@@ -104,17 +121,21 @@ class FusedDecoder:
             hidden = self._forward(scene, tokens, False)[1]
             return torch.nn.functional.linear(hidden, self._parts.head.weight, self._parts.head.bias)
 
-    def _run(self, rows: Sequence[Row], dropouts: Sequence[float], gradients: bool) -> list[Sums]:
+    def _run(self, rows: Sequence[Row], gradients: bool) -> list[Sums]:
         sums = [Sums() for _ in self._learners]
         for row in rows:
             sums[row.learner].tokens += len(row.example.ids)
             sums[row.learner].count += supervised(row)
-        shares = [not p and not n for p, n in zip(dropouts, self._prefixes.counts, strict=True)]
         tools = Tools(self._ops, self._buffers, gradients)
-        packs = make_packs(rows, self._settings.pack_tokens, shares)
+        packs = self._packs(rows, gradients)
         for pack in sorted(packs, key=lambda pack: -pack.tokens):  # buffers have their size from the first one on
             self._one(pack, tools, sums)
         return sums
+
+    def _packs(self, rows: Sequence[Row], training: bool) -> list[Pack]:
+        drops = [training and getattr(one.trainable, "dropout", 0.0) > 0 for one in self._learners]
+        shares = [not drop and not count for drop, count in zip(drops, self._prefixes.counts, strict=True)]
+        return make_packs(rows, self._settings.pack_tokens, shares)
 
     def _one(self, pack: Pack, tools: Tools, sums: list[Sums]) -> None:
         """Losses of a pack, and with `training` its gradients."""

@@ -18,14 +18,14 @@ from ...errors import CapacityError
 from ...kernels.training import available
 from ...kernels.training_attention import LARGEST_DIM
 from ...tasks.task import IGNORED
-from ..computation import Learner, Row, Settings, Sums
+from ..computation import Learner, Load, Row, Settings, Sums
 from ..decoder.changes import Changes
 from ..decoder.lora import Tokens, Tools
 from ..memory.buffers import Buffers
 from ..modules.dropout import Dropping
 from ..modules.lines import Lines, Run, Segment
 from ..modules.passes import cross_entropy
-from ..packs import Pack, Piece
+from ..packs import Pack, Piece, load_of, placed
 from .layer import PLACES, Layer, Scene
 from .native import NativeEncoderOps
 from .ops import Drop, EncoderOps, Rows
@@ -47,6 +47,8 @@ class FusedEncoder:
     """A `Computation` for what `encoder_parts.not_covered` finds covered."""
 
     name = "fused encoder"
+    padded = False
+    on_host = 0
 
     def __init__(
         self,
@@ -106,6 +108,19 @@ class FusedEncoder:
                 for group in change.learners.values():
                     group.read()
             return self._over(rows, False)
+
+    def loads(self, rows: Sequence[Row], training: bool = True) -> list[Load]:
+        """See `Computation`."""
+        packs = encoder_packs(placed(rows), self._settings.pack_tokens, self._parts.tags)
+        return [load_of(pack.pieces) for pack in packs]
+
+    def tokens(self, row: Row) -> int:
+        """See `Computation`."""
+        return len(row.example.ids)
+
+    def release(self) -> None:
+        """See `Computation`."""
+        self._buffers.clear()
 
     def read(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """What a head reads of each text (a tagger's: of its first token) without dropout [texts, width]."""

@@ -46,6 +46,11 @@ class Buffers:
                 del self._kept[key]
             self._views.clear()
 
+    def clear(self) -> None:
+        """Give all of it back."""
+        self._kept.clear()
+        self._views.clear()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""

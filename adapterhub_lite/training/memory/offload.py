@@ -6,13 +6,14 @@ stream of its own, and in the backward that of the next one comes back (as in Ze
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 from ...bases.load import Base
+from ..computation import Computation, Learner, Settings, heeded
 from .buffers import Buffers
 
 
@@ -95,6 +96,11 @@ class Inputs:
             self._bring(layer - 1)
         return self._on_device(layer)
 
+    @property
+    def on_host(self) -> int:
+        """Bytes in the host's memory, as far as passes have asked for them."""
+        return sum(kept.nbytes for kept in self._host.values())
+
     def _bring(self, layer: int) -> None:
         if self._held[layer % 2] != layer:
             self._free(layer % 2)
@@ -135,15 +141,24 @@ def look_up(table: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(table.index_select(0, ids.to(table.device)))
 
 
+def movable_table(base: Base) -> torch.Tensor | None:
+    """The table of input embeddings, where a device would have its room without it: not on a CPU, nor where the output
+    layer has the same table.
+    """
+    model: Any = base.model
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight.data_ptr() == table.data_ptr()
+    return None if table.device.type != "cuda" or tied else table
+
+
 @contextmanager
 def table_on_host(base: Base) -> Iterator[int]:
     """Within the block the table of input embeddings is in the host's memory, and only a fused decoder can compute.
 
-    Gives the bytes that the device has meanwhile: none where the output layer has the same table, or on a CPU.
+    Gives the bytes that the device has meanwhile; see `movable_table`.
     """
-    model: Any = base.model
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if table.device.type != "cuda" or (head is not None and head.weight.data_ptr() == table.data_ptr()):
+    table = movable_table(base)
+    if table is None:
         yield 0
         return
     device, count = table.device, table.nbytes
@@ -152,3 +167,19 @@ def table_on_host(base: Base) -> Iterator[int]:
         yield count
     finally:
         table.data = table.data.to(device)
+
+
+@contextmanager
+def settled(base: Base, learners: Sequence[Learner], computation: Computation, settings: Settings) -> Iterator[int]:
+    """Within the block what `settings` wants on the host is there; gives the bytes of the base that are.
+
+    The computation gives its buffers back before they return: there need not be room for both.
+    """
+    if not settings.table_on_host or "table_on_host" not in heeded(base, learners):
+        yield 0
+        return
+    with table_on_host(base) as count:
+        try:
+            yield count
+        finally:
+            computation.release()

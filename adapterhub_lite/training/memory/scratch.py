@@ -23,7 +23,8 @@ def blocks(x: torch.Tensor, most: int, itemsize: int = 4) -> list[slice]:
 
 def write_dense(module: nn.Module, out: torch.Tensor) -> None:
     """Write the weight of a quantised layer to `out` [out, in], with no second dense copy of it beside."""
-    if out.is_meta:  # only the bytes are counted
+    if out.is_meta:  # only the bytes are counted; quantised scales are dequantised before the weight
+        torch.empty(getattr(module, "scales", 0), dtype=torch.float32, device=out.device)
         return
     weight: Any = module.weight
     import bitsandbytes.functional as bnb

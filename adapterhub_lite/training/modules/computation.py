@@ -19,8 +19,8 @@ from torch import nn
 from ...bases.inputs import PrefixRows
 from ...bases.load import Base
 from ...errors import Unsupported
-from ..computation import Learner, Row, Settings, Sums
-from ..packs import Piece, make_packs
+from ..computation import Learner, Load, Row, Settings, Sums
+from ..packs import Piece, load_of, make_packs, padded_load, placed
 from ..trainable import TrainableLora, TrainablePrefix
 from ..trainable_peft import TrainablePeft
 from .attention import CannotPack, Spans, packed_attention
@@ -39,6 +39,7 @@ class ModuleComputation:
     """See `Computation`; `why` says why no faster one is used."""
 
     name = "layers of transformers"
+    on_host = 0
 
     def __init__(self, base: Base, learners: Sequence[Learner], settings: Settings) -> None:
         self.why = ""
@@ -77,12 +78,29 @@ class ModuleComputation:
         with torch.no_grad(), self._computing(dropping=False):
             return self._over(rows, lambda losses: None)
 
+    @property
+    def padded(self) -> bool:
+        """See `Computation`."""
+        return not self._pass.packs
+
+    def loads(self, rows: Sequence[Row], training: bool = True) -> list[Load]:
+        """See `Computation`."""
+        answers = self._base.kind == "seq2seq"
+        packs = self._packs(placed(rows), training)
+        return [padded_load(pack, answers) if self.padded else load_of(pack) for pack in packs]
+
+    def tokens(self, row: Row) -> int:
+        """See `Computation`."""
+        return len(row.example.ids) + (len(row.example.labels) if self._base.kind == "seq2seq" else 0)
+
+    def release(self) -> None:
+        """See `Computation`; what autograd makes goes by itself."""
+
     def _over(self, rows: Sequence[Row], then: Callable[[Sequence[Loss]], None]) -> list[Sums]:
         sums = [Sums() for _ in self._learners]
         for row in rows:
-            answer = len(row.example.labels) if self._base.kind == "seq2seq" else 0
-            sums[row.learner].tokens += len(row.example.ids) + answer
-        waiting = self._packs(rows)
+            sums[row.learner].tokens += self.tokens(row)
+        waiting = self._packs(rows, self._run.dropping)
         while waiting:
             pack = waiting.pop(0)
             try:
@@ -100,9 +118,9 @@ class ModuleComputation:
         self._run.norms.clear()
         return sums
 
-    def _packs(self, rows: Sequence[Row]) -> list[list[Piece]]:
+    def _packs(self, rows: Sequence[Row], dropping: bool) -> list[list[Piece]]:
         """Packs of at most `pack_tokens`, padding counted; rows of one learner side by side, by length."""
-        most, cost, dropping = self._settings.pack_tokens, self._pass.cost, self._run.dropping
+        most, cost = self._settings.pack_tokens, self._pass.cost
         drops = [dropping and (self._drops or learner.trainable.dropout > 0) for learner in self._learners]
         if self._alone and any(drops):
             return [[piece] for piece in _pieces(rows, self._base.kind)]

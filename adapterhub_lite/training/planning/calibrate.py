@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,24 +18,28 @@ import torch
 from ...bases.load import Base
 from ...bases.quantization import dense_weight
 from ...bases.quiet import quiet
-from ..computation import Computation, Row, Settings, make_computation
+from ..computation import Computation, Load, Row, Settings, heeded, make_computation
 from ..frozen import unchanged
 from ..member import Member
+from ..memory.offload import settled
 from ..precision import choose_precision, products_in
 from ..train import Assignment, new_members
-from .loads import Load, Stride, Work, is_padded, work_of
+from .loads import Stride, Work, work_of
 from .room import Peak, held, room, settle
 
+_HOST = torch.device("cpu")
 # A larger pack is tried only if this many times what smaller ones took, drawn on, is there.
-_CAREFUL = 1.25
+CAREFUL = 1.25
 
 
 class TooLarge(Exception):
-    """A pack would not fit; `bytes` is what the process would hold, drawn on from smaller packs."""
+    """A pack would not fit; `bytes` is what the process would hold, drawn on from smaller packs, `base` what it held
+    before, and `limit` what it may hold.
+    """
 
-    def __init__(self, count: int) -> None:
-        super().__init__(count)
-        self.bytes = count
+    def __init__(self, count: int, base: int = 0, limit: int = 0) -> None:
+        super().__init__(count, base, limit)
+        self.bytes, self.base, self.limit = count, base, limit
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Calibration:
         available: bytes that there were beyond `base`.
         trained: how many parameters each learner has.
         padded: whether rows are made as long as the longest beside them.
+        table: of the base that were in the host's memory while packs were computed.
+        on_host: taken from the host's memory for a device, `table` among them; `host_room` what there was of it.
     """
 
     computation: tuple[str, str]
@@ -77,6 +83,9 @@ class Calibration:
     work: Work
     trained: tuple[int, ...]
     padded: bool = False
+    table: int = 0
+    on_host: int = 0
+    host_room: int = 0
 
 
 def calibrate(
@@ -108,35 +117,57 @@ def _calibrated(
 ) -> Calibration:
     device = base.device
     precision = choose_precision([one.recipe.training.precision for one in assignments], device, base.dtype)
-    with base.training(), torch.random.fork_rng(), quiet(), unchanged(base.model), products_in(precision.name):
+    with (
+        base.training(),
+        torch.random.fork_rng(),
+        quiet(),
+        unchanged(base.model),
+        products_in(precision.name),
+        ExitStack() as stack,
+    ):
         read_weights(base)
         settle(device)
         before, there = held(device), room(device)
+        host = room(_HOST) if device.type == "cuda" else 0
         bare = before if bare is None else bare
-        most = before + there if limit is None else min(before + there, limit)
-        peaks = Peaks(device, most)
+        peaks = Peaks(device, before + there if limit is None else min(before + there, limit), bare)
         with peaks.seen():
             learners, members = new_members(assignments, base)
             computation = make_computation(base, learners, settings)
-        work = work_of(computation, learners, settings, members)
+        table = stack.enter_context(settled(base, learners, computation, settings))
+        work = work_of(computation, members)
         dry = _Dry(computation, members, peaks)
         packs = probes(work.strides)
         for rows, load in packs:
             dry.grow(rows, load)
         update = dry.update()
         if peaks.most > peaks.limit:
-            raise TooLarge(peaks.most)
+            raise peaks.too_large(peaks.most)
         seen = [dry.timed(rows, load, repeats) for rows, load in packs] if repeats else []
         validation = probes(work.evaluations)[-2:]
         without = [dry.timed(rows, load, max(repeats, 1), True) for rows, load in validation]
         after = held(device)  # with what the allocator keeps for reuse: a run does not give it back either
+        on_host = table + computation.on_host
+        with peaks.seen():
+            stack.close()  # what was moved comes back beside parameters and moments
         trained = tuple(sum(p.numel() for p in learner.parameters()) for learner in learners)
         sizes = [(member.optimizer.values.nbytes, member.keeps_best) for member in members]
         return Calibration(
             (computation.name, computation.why), bare, max(peaks.most, after), after,
             sum(size for size, _ in sizes), sum(size for size, best in sizes if best),
-            tuple(seen), tuple(without), update, before + there - bare, work, trained, is_padded(computation),
+            tuple(seen), tuple(without), update, before + there - bare, work, trained, computation.padded,
+            table, on_host, host,
         )  # fmt: skip
+
+
+def heeded_by(assignments: Sequence[Assignment], base: Base) -> frozenset[str]:
+    """Which settings that save memory change something for these, see `computation.heeded`."""
+    try:
+        with base.training(), torch.random.fork_rng(), quiet():
+            learners, _ = new_members(assignments, base)
+            return heeded(base, learners)
+    except torch.OutOfMemoryError:  # not even the adapters fit
+        return frozenset()
 
 
 def probes(strides: Sequence[Stride]) -> list[tuple[list[Row], Load]]:
@@ -155,8 +186,8 @@ def probes(strides: Sequence[Stride]) -> list[tuple[list[Row], Load]]:
 class Peaks:
     """The most bytes held in all looks so far."""
 
-    def __init__(self, device: torch.device, limit: int) -> None:
-        self._device, self.limit = device, limit
+    def __init__(self, device: torch.device, limit: int, bare: int = 0) -> None:
+        self._device, self.limit, self._bare = device, limit, bare
         self.most = 0
         self._points: list[tuple[int, int]] = []
 
@@ -172,7 +203,11 @@ class Peaks:
         """Raise TooLarge if a pack of so many tokens would, as the smaller ones go, be beyond the limit."""
         expected = drawn_on(self._points, tokens)
         if expected > self.limit:
-            raise TooLarge(expected)
+            raise self.too_large(expected)
+
+    def too_large(self, count: int) -> TooLarge:
+        """So many bytes are beyond the limit."""
+        return TooLarge(count, self._bare, self.limit)
 
 
 def drawn_on(points: Sequence[tuple[int, int]], tokens: int) -> int:
@@ -183,7 +218,7 @@ def drawn_on(points: Sequence[tuple[int, int]], tokens: int) -> int:
     slopes = [(count - first[1]) / (at - first[0]) for at, count in points if at > first[0]]
     if not slopes or tokens <= max(at for at, _ in points):
         return most
-    return max(most, round(first[1] + _CAREFUL * max(slopes) * (tokens - first[0])))
+    return max(most, round(first[1] + CAREFUL * max(slopes) * (tokens - first[0])))
 
 
 class _Dry:

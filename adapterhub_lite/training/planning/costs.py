@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from .loads import Load
+from ..computation import Load
 
 
 @dataclass(frozen=True)

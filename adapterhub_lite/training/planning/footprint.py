@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...bases.quantization import NF4_BLOCK_SIZE
 from ...tasks.task import IGNORED, Example
 from ..computation import Learner, Row, Settings
 from ..decoder.cuda import Call, CudaOps
@@ -111,8 +112,7 @@ class Plan:
     """What a footprint depends on beside the shape.
 
     Attributes:
-        quantize: none, int8 or nf4; `double` quantises NF4's scales, too (arXiv 2305.14314, section 3).
-        table_on_host: whether the table of input embeddings is in the host's memory.
+        quantize: none, int8, nf4 or nf4-double.
         moments_on_host: whether the moments are.
         lean: whether buffers are freed as on CUDA.
     """
@@ -120,8 +120,6 @@ class Plan:
     settings: Settings
     dtype: torch.dtype = torch.bfloat16
     quantize: str = "nf4"
-    double: bool = False
-    table_on_host: bool = False
     moments_on_host: bool = False
     ops: Ops | None = None
 
@@ -145,7 +143,7 @@ def footprint(shape: Shape, learners: Sequence[Lora], plan: Plan, rows: Sequence
         fused.gradients(made)
     count = sum(p.nbytes for one in sets for p in one.parameters())
     table = shape.vocabulary * shape.width * plan.dtype.itemsize
-    tables = table * (1 if shape.tied or plan.table_on_host else 2)
+    tables = table * (1 if shape.tied or plan.settings.table_on_host else 2)
     moments = 0 if plan.moments_on_host else 2 * count
     return Footprint(_weights(shape, plan), tables, count, count, moments, counter.most, fused.most)
 
@@ -233,10 +231,11 @@ def _backward(
 
 
 class Linear4bit(nn.Module):
-    """A quantised layer without contents; its class's name says what it is."""
+    """A quantised layer without contents; its class's name says what it is, `scales` how many are quantised."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, n_in: int, n_out: int, bias: bool, dtype: torch.dtype, double: bool) -> None:
         super().__init__()
+        self.scales = math.ceil(n_in * n_out / NF4_BLOCK_SIZE) if double else 0
         self.in_features, self.out_features = n_in, n_out
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=_META), requires_grad=False)
         self.bias = torch.empty(n_out, dtype=dtype, device=_META) if bias else None
@@ -246,7 +245,7 @@ def _modules(shape: Shape, plan: Plan) -> dict[str, nn.Module]:
     def made(site: str, n_out: int, n_in: int) -> nn.Module:
         bias = shape.biased and site in ("q", "k", "v")
         if plan.quantize != "none":
-            return Linear4bit(n_in, n_out, bias, plan.dtype)
+            return Linear4bit(n_in, n_out, bias, plan.dtype, plan.quantize == "nf4-double")
         return nn.Linear(n_in, n_out, bias, device=_META, dtype=plan.dtype)
 
     return {site: made(site, *sizes) for site, sizes in shape.linear.items()}
@@ -321,10 +320,10 @@ def _weights(shape: Shape, plan: Plan) -> int:
     total = 0
     for site, (n_out, n_in) in shape.linear.items():
         count = n_out * n_in
-        if plan.quantize == "nf4":
-            scales = math.ceil(count / 64)
+        if plan.quantize in ("nf4", "nf4-double"):
+            scales, double = math.ceil(count / NF4_BLOCK_SIZE), plan.quantize == "nf4-double"
             # Scales of 8 bits with a float32 for 256 of them, beside tables of 256 values; or float32 each.
-            total += count // 2 + (scales + 4 * math.ceil(scales / 256) + 1028 if plan.double else 4 * scales) + 64
+            total += count // 2 + (scales + 4 * math.ceil(scales / 256) + 1028 if double else 4 * scales) + 64
         elif plan.quantize == "int8":
             total += count + 4 * n_out
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ...bases.devices import Choice
@@ -18,6 +18,12 @@ from .loads import Stride
 # Packs of more tokens make products no faster there (a CPU), or memory small and launches few (a GPU).
 PACK_TOKENS = {"cpu": 1024, "cuda": 8192}
 _LEAST_PACK = 64
+# Shares of a step's time that a setup takes more than the fastest (docs/decisions.md); only their order decides.
+_TWICE, _GATES, _AWAY, _TABLE = 0.33, 0.17, 0.05, 0.01
+# What each pack costs, as tokens that could be computed meanwhile: products are short, and weights that have no dense
+# copy are dequantised in it.
+_PACK_COSTS = 30
+_DEQUANTISED = {"cpu": 160, "cuda": 120}
 # Writing a checkpoint lays all tensors into one file's bytes, by way of a copy of each (safetensors.torch.save).
 _WRITING = 2
 _DISK = 2.0e8  # bytes a second that a checkpoint is written and synced with, taken low
@@ -30,16 +36,40 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]{0,3})", re.ASCII)
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is computed; none of it changes what is learnt."""
+    """How a run is computed; none of it changes what is learnt. The fields are those of a recipe's training part."""
 
     pack_tokens: int
     checkpointing: bool = False
     working_copies: bool = False
+    recompute_mlp: bool = False
+    offload: bool = False
+    table_on_host: bool = False
 
     @property
     def settings(self) -> Settings:
         """As a computation takes it."""
-        return Settings(self.pack_tokens, self.checkpointing)
+        return Settings(
+            self.pack_tokens,
+            self.checkpointing,
+            offload=self.offload,
+            recompute_mlp=self.recompute_mlp,
+            table_on_host=self.table_on_host,
+        )
+
+    def lost(self, device: str, dequantises: bool) -> float:
+        """The share of time that it takes more than the fastest, roughly.
+
+        Args:
+            dequantises: whether weights without a working copy are dequantised in each pack.
+        """
+        pack = _PACK_COSTS + (_DEQUANTISED.get(device, 0) if dequantises and not self.working_copies else 0)
+        passes = 2 + (1 if self.checkpointing else 0.5 if self.recompute_mlp else 0)
+        again = _TWICE if self.checkpointing else _GATES if self.recompute_mlp else 0.0
+        return again + _AWAY * self.offload + _TABLE * self.table_on_host + pack * passes / 2 / self.pack_tokens
+
+
+FIELDS = tuple(field.name for field in fields(Setup))
+"""A setup's fields, in the order in which they are told."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +83,7 @@ class Memory:
         writing: the most that writing a checkpoint takes beside what is held then.
         peak: the most at once, of all of it.
         available: bytes that there are beyond `base`.
+        on_host: of a device's run, taken from the host's memory; of which `host_room` are there.
     """
 
     base: int
@@ -61,6 +92,8 @@ class Memory:
     writing: int
     peak: int
     available: int
+    on_host: int = 0
+    host_room: int = 0
 
     @property
     def above(self) -> int:
@@ -119,11 +152,12 @@ class Plan:
     @property
     def overrides(self) -> list[str]:
         """As `ahl train -o` takes them."""
-        setup = self.setup
-        found = [f"training.pack_tokens={setup.pack_tokens}", f"training.checkpointing={_word(setup.checkpointing)}"]
-        if "working_copies" in self.choices:
-            found.append(f"training.working_copies={_word(setup.working_copies)}")
-        return found
+        return [f"training.{name}={_word(value)}" for name, value in self.chosen.items()]
+
+    @property
+    def chosen(self) -> dict[str, int | bool]:
+        """Fields of a recipe's training part, with what was chosen; those that there was a choice of."""
+        return {name: getattr(self.setup, name) for name in FIELDS if name in self.choices}
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -141,8 +175,8 @@ class Plan:
         return told
 
 
-def _word(flag: bool) -> str:
-    return "true" if flag else "false"
+def _word(value: int | bool) -> str:
+    return str(value).lower()
 
 
 def parse_size(text: str | int) -> int:
@@ -163,29 +197,46 @@ def parse_size(text: str | int) -> int:
 
 
 def ladder(
-    configs: Sequence[TrainingConfig], longest: int, copies: bool, device: str, may_drop: bool = True
+    configs: Sequence[TrainingConfig],
+    longest: int,
+    copies: bool,
+    device: str,
+    may_drop: bool = True,
+    heeds: frozenset[str] = frozenset(),
+    dequantises: bool = False,
 ) -> list[Setup]:
-    """Setups to try, those that cost most speed last; what a recipe fixes is the same in all.
-
-    Smaller packs cost least: a few hundred tokens fill a product. Working copies are next, then layers computed twice.
+    """Setups to try, those that lose most time last; what a recipe fixes is the same in all.
 
     Args:
         longest: tokens of the longest row, below which smaller packs save nothing.
-        copies: whether the base has working copies; `may_drop`: which it can do without.
+        copies: whether there are working copies; `may_drop`: which can be done without.
+        heeds: the settings that change something, see `computation.heeded`.
+        dequantises: see `Setup.lost`.
     """
     fixed = [c.pack_tokens for c in configs if isinstance(c.pack_tokens, int)]
     sizes = [min(fixed)] if fixed else _sizes(PACK_TOKENS.get(device, PACK_TOKENS["cpu"]), longest)
-    told = {c.checkpointing for c in configs if c.checkpointing != AUTO}
     wanted = {c.working_copies for c in configs if c.working_copies != AUTO}
-    # Of recipes trained together the one that saves memory is heard.
-    again = [True in told] if told else [False, True]
     kept = [copies]
     if copies and may_drop and wanted != {True}:
         kept = [False] if wanted else [True, False]
-    order = [(keeps, twice) for twice in again for keeps in kept]
-    if len(order) == 4:
-        order.remove((True, True))  # copies are a luxury where layers are computed twice for want of memory
-    return [Setup(size, twice, keeps) for keeps, twice in order for size in sizes]
+
+    def flags(name: str) -> list[bool]:
+        """Of recipes trained together the one that saves memory is heard."""
+        told = {value for config in configs if (value := getattr(config, name)) != AUTO}
+        if name != "checkpointing" and name not in heeds:
+            return [False]
+        return [True in told] if told else [False, True]
+
+    gates, tables, away = flags("recompute_mlp"), flags("table_on_host"), flags("offload")
+    again = [True] if away == [True] else flags("checkpointing")
+    made = [
+        Setup(size, twice, keeps, gate, off, table)
+        for size in sizes for table in tables for keeps in kept for twice in again
+        for gate in ([False] if twice else gates) for off in (away if twice else [False])
+        # Copies are a luxury where layers are computed twice for want of memory.
+        if not (twice and keeps and len(again) > 1 and len(kept) > 1)
+    ]  # fmt: skip
+    return sorted(made, key=lambda setup: setup.lost(device, dequantises))
 
 
 def _sizes(first: int, longest: int) -> list[int]:
@@ -203,9 +254,8 @@ def memory_of(found: Calibration) -> Memory:
     writing = _WRITING * (3 * found.state + found.best)
     peak = max(found.peak + found.best, kept + writing)
     adapters = 4 * found.state + found.best
-    return Memory(
-        found.base, adapters, max(found.peak - found.base - 4 * found.state, 0), writing, peak, found.available
-    )
+    work = found.peak - (found.base - found.table) - 4 * found.state
+    return Memory(found.base, adapters, max(work, 0), writing, peak, found.available, found.on_host, found.host_room)
 
 
 def time_of(found: Calibration, configs: Sequence[TrainingConfig]) -> Time | None:
@@ -246,8 +296,9 @@ def _checkpoints(found: Calibration, configs: Sequence[TrainingConfig], seconds:
 
 
 def fits(memory: Memory, limit: int | None = None) -> bool:
-    """Whether there is room for the peak, and it is within `limit`."""
-    return memory.above <= _SHARE_OF_ROOM * memory.available and (limit is None or memory.peak <= limit)
+    """Whether there is room for the peak, and it is within `limit`; and room on the host for what goes there."""
+    there = memory.above <= _SHARE_OF_ROOM * memory.available and memory.on_host <= _SHARE_OF_ROOM * memory.host_room
+    return there and (limit is None or memory.peak <= limit)
 
 
 def bytes_text(count: float) -> str:

@@ -26,7 +26,7 @@ from ...formats.safetensors_header import parse_header
 from ...formats.strict_json import dump, parse_object
 from ...store.fs import FileSystem, discard, new_tmp, storing, write_file
 from ..member import Member
-from .folders import PLAIN, checkpoints
+from .folders import PLAIN, checkpoints, steps_done
 
 FORMAT = 1
 TENSORS = "state.safetensors"
@@ -128,6 +128,11 @@ class Checkpoints:
         for _, path in checkpoints(self._folder):
             return read_checkpoint(path, self._run)
         return None
+
+    @property
+    def kept_step(self) -> int:
+        """The step of the latest checkpoint, 0 where there is none."""
+        return steps_done(self._folder)
 
     def after_step(self, members: Sequence[Member], evaluated: bool) -> None:
         """Write a checkpoint, if it is time for one."""

@@ -14,19 +14,22 @@ from ...formats.files import read_regular
 from ...formats.strict_json import parse_object
 from ...store.fs import FileSystem, discard
 
-IDENTITY, LOCK, PLAIN = "identity.json", "lock", "state.json"
+IDENTITY, LOCK, PLAIN, DIVERGED = "identity.json", "lock", "state.json", "diverged.json"
 LIMIT = 1 << 28
 _NAME = re.compile(r"checkpoint-([1-9][0-9]{0,8})", re.ASCII)
 
 
 @dataclass(frozen=True)
 class BrokenOff:
-    """A run with a checkpoint that nobody goes on with now: the names it trains, steps done, bytes on disk."""
+    """A run with a checkpoint that nobody goes on with now: the names it trains, steps done, bytes on disk, and who
+    of them diverged.
+    """
 
     folder: Path
     names: tuple[str, ...]
     step: int
     bytes: int
+    diverged: tuple[str, ...] = ()
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -55,6 +58,14 @@ def steps_done(folder: Path) -> int:
     return 0
 
 
+def diverged(folder: Path) -> dict[str, str]:
+    """Who of a run's learners diverged, each with what was said of it."""
+    with suppress(AdapterHubError, OSError):
+        told = parse_object(read_regular(folder / DIVERGED, LIMIT), DIVERGED, limit=LIMIT)
+        return {name: str(text) for name, text in told.items()}
+    return {}
+
+
 def broken_off(top: Path) -> list[BrokenOff]:
     """All runs in the store at `top` that no process holds."""
     found = []
@@ -68,7 +79,7 @@ def broken_off(top: Path) -> list[BrokenOff]:
         with suppress(AdapterHubError, LookupError, TypeError):
             names = tuple(str(one["name"]) for one in read_identity(folder)["learners"])
         size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-        found.append(BrokenOff(folder, names or (folder.name,), steps_done(folder), size))
+        found.append(BrokenOff(folder, names or (folder.name,), steps_done(folder), size, tuple(diverged(folder))))
     return found
 
 

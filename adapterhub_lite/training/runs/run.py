@@ -26,10 +26,12 @@ from ...formats.strict_json import dump
 from ...store.fs import FileSystem, discard, ensure_folder, replace_file, storing
 from ...tasks.rows import Rows
 from .checkpoint import Checkpoints
-from .folders import IDENTITY, LIMIT, LOCK, checkpoints, held, read_identity, run_folders, steps_done
+from .folders import DIVERGED, IDENTITY, LIMIT, LOCK, checkpoints, held, read_identity, run_folders, steps_done
 
 _MARKED = 1_000_000  # rows of a part whose digests are kept, to say which line was changed
-_WITHOUT_EFFECT = ("checkpoint_every", "pack_tokens", "checkpointing", "working_copies")
+_WITHOUT_EFFECT = (
+    "checkpoint_every", "pack_tokens", "checkpointing", "recompute_mlp", "offload", "table_on_host", "working_copies"
+)  # fmt: skip
 _SHOWN = 10  # changes
 
 
@@ -183,8 +185,15 @@ class Run:
             told = dump({"learners": learning, "id": os.urandom(8).hex(), "computed": dict(computed or {})})
             with storing("keep the state of a run", self.folder, len(told)):
                 replace_file(self._fs, self.folder, self.folder / IDENTITY, told)
+        discard(self._fs, self.folder / DIVERGED)
         digest = sha256(read_regular(self.folder / IDENTITY, LIMIT)).hexdigest()
         return Checkpoints(self.folder, digest, fs=self._fs, on_event=self._on_event, **settings)
+
+    def note_diverged(self, told: Mapping[str, str]) -> None:
+        """Write down who diverged, and how, for whoever lists runs; a run that goes on forgets it."""
+        if told and checkpoints(self.folder):
+            with suppress(StoreError, OSError):  # what went wrong is said all the same
+                replace_file(self._fs, self.folder, self.folder / DIVERGED, dump(dict(told)))
 
     @property
     def id(self) -> str:

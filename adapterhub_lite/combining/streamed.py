@@ -1,0 +1,201 @@
+"""Matrices that are known by blocks of rows alone: their best approximations of low rank, and their largest values.
+
+What a rule makes of single values is of no low rank. Such a matrix is never held: each pass forms its rows anew, block
+by block, and throws them away. A block Krylov space of A^T A (Musco and Musco, arXiv 1504.05477) is grown by one pass
+at a time, with all of it kept orthogonal, until what it captures no longer grows; a last pass measures the error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import Unsupported
+from .low_rank import LowRank
+
+Rows = Callable[[int, int], torch.Tensor]
+"""(start, stop) -> rows [stop - start, in] of a matrix, in float64; the same whenever it is asked."""
+
+BLOCK = 1 << 16  # values of a block: what a few of them take stays in the second cache
+_MORE = 32  # columns beside those wished, so that the last of these converge
+_PASSES = 60
+_SETTLED = 1e-5  # of what is left (squared): what a further pass would still gain is no more than a few times this
+_NOTHING = 1e-15  # of the squared norm: less than float32 keeps, and what float64 makes of A^T A
+_ROUNDING = 1e-14  # of the squared norm: what two projections leave of columns that lie in the space
+_SPACE = 10  # blocks of columns that are kept before the best of them begin anew
+_GATHERED = 1 << 18  # values that are sorted
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A matrix [out, in] by its rows."""
+
+    shape: tuple[int, int]
+    rows: Rows
+    block: int = BLOCK
+
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number of the first row, rows) from the first to the last."""
+        n_out, n_in = self.shape
+        step = max(1, self.block // max(n_in, 1))
+        for start in range(0, n_out, step):
+            yield start, self.rows(start, min(start + step, n_out))
+
+
+@dataclass(frozen=True)
+class Brought:
+    """An approximation of low rank, its relative error (Frobenius, measured), and the norm of the whole matrix."""
+
+    matrix: LowRank
+    error: float
+    norm: float
+
+
+def brought_to_rank(matrix: Streamed, rank: int | None, error: float | None, most: int) -> Brought:
+    """The best approximation of at most `rank`, or of the least rank within a relative `error`, to 1e-4 of its error.
+
+    Args:
+        rank: None for as much as the error needs.
+        most: the largest rank that can be stored.
+
+    Raises:
+        Unsupported: the error needs a larger rank than `most`.
+    """
+    limit = min(*matrix.shape, most if rank is None else min(rank, most))
+    energy, vectors, reached = _Krylov(matrix, limit, error).run()
+    if not vectors.shape[1]:
+        return Brought(LowRank.zero(matrix.shape), 0.0, 0.0)
+    found = _projected(matrix, vectors, energy)
+    if error is not None and rank is None and not reached:
+        raise Unsupported(
+            f"An error of {error:.3g} needs a rank of more than {limit}, which leaves {found.error:.3g}.",
+            f"Give a rank of at most {limit}, or a larger error.",
+        )
+    return found
+
+
+class _Krylov:
+    """The space that is grown: `basis` [in, k], and `images` = A^T A basis."""
+
+    def __init__(self, matrix: Streamed, limit: int, error: float | None) -> None:
+        self.matrix, self.limit, self.error = matrix, limit, error
+        n_in = matrix.shape[1]
+        self.wanted = limit if error is None else min(limit, 16)
+        self.width = min(n_in, self.wanted + _MORE)
+        self.basis = torch.zeros(n_in, 0, dtype=torch.float64)
+        self.images = self.basis
+        self.energy = 0.0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run(self) -> tuple[float, torch.Tensor, bool]:
+        """The squared norm, the columns [in, rank] to project rows on, and whether the error is reached."""
+        fresh, before = self._orthonormal(self._drawn()), math.inf
+        for count in range(1, _PASSES + 1):
+            image = self._grow(fresh)
+            if not self.energy:
+                return 0.0, self.basis[:, :0], True
+            values, turn = self._ritz()
+            kept, reached = self._rank(values)
+            left = max(self.energy - float(values[:kept].sum()), 0.0)
+            settled = before - left <= _SETTLED * left or left <= _NOTHING * self.energy
+            done = settled and (reached or kept == self.limit)
+            fresh = self._orthonormal(image)
+            if not (fresh.shape[1] or reached):  # the space is closed, as where many singular values are equal
+                fresh = self._orthonormal(self._drawn())
+            if done or not fresh.shape[1] or count == _PASSES:
+                break
+            before, self.wanted = left if kept == self.wanted else math.inf, kept
+            if self.basis.shape[1] + fresh.shape[1] > max(_SPACE * self.width, 4 * kept):
+                most = min(turn.shape[1], kept + self.width)
+                self.basis, self.images = self.basis @ turn[:, :most], self.images @ turn[:, :most]
+        return self.energy, self.basis @ turn[:, :kept], reached
+
+    def _drawn(self) -> torch.Tensor:
+        shape = self.basis.shape[0], self.width
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator) * max(self.energy, 1.0)
+
+    def _grow(self, fresh: torch.Tensor) -> torch.Tensor:
+        """One pass: A^T A of new columns, which join the space."""
+        image, energy = torch.zeros_like(fresh), 0.0
+        for _, rows in self.matrix.blocks():
+            image += rows.mT @ (rows @ fresh)
+            if not self.energy:
+                energy += float(rows.square().sum())
+        self.energy = self.energy or energy
+        self.basis, self.images = torch.cat([self.basis, fresh], 1), torch.cat([self.images, image], 1)
+        return image
+
+    def _ritz(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What columns of the space capture of the squared norm, most first, and how they are turned for that."""
+        product = self.basis.mT @ self.images
+        values, turn = torch.linalg.eigh((product + product.mT) / 2)
+        return values.flip(0).clamp(min=0), turn.flip(1)
+
+    def _rank(self, values: torch.Tensor) -> tuple[int, bool]:
+        """How many columns to keep, and whether they reach the error."""
+        some = int((values > _NOTHING * self.energy).sum())
+        if self.error is None:
+            return min(self.limit, some), True
+        left = self.energy - values.cumsum(0)
+        within = int((left > self.error**2 * self.energy).sum()) + 1
+        return min(within, self.limit, some), within <= min(self.limit, len(values))
+
+    def _orthonormal(self, columns: torch.Tensor) -> torch.Tensor:
+        """An orthonormal basis of what columns have outside the space; none where that is no more than rounding."""
+        room = self.basis.shape[0] - self.basis.shape[1]
+        for _ in range(2):  # twice is enough for orthogonality to rounding
+            columns = columns - self.basis @ (self.basis.mT @ columns)
+        u, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
+        count = min(int((sizes > _ROUNDING * self.energy).sum()), room)
+        fresh = u[:, :count]
+        fresh = fresh - self.basis @ (self.basis.mT @ fresh)
+        found: torch.Tensor = torch.linalg.qr(fresh).Q
+        return found
+
+
+def _projected(matrix: Streamed, vectors: torch.Tensor, energy: float) -> Brought:
+    """(A X) X^T for orthonormal X, and what it leaves of A, from one pass."""
+    ups, left = [], 0.0
+    for _, rows in matrix.blocks():
+        up = rows @ vectors
+        left += float((rows - up @ vectors.mT).square().sum())
+        ups.append(up)
+    found, _ = LowRank(vectors.mT, torch.cat(ups)).truncated()
+    return Brought(found, math.sqrt(left / energy), math.sqrt(energy))
+
+
+def largest(matrix: Streamed, count: int) -> float:
+    """The `count`-th largest magnitude of all values, exactly (`count` from 1).
+
+    Magnitudes are ordered as the bits of their float64 are, so they are counted by leading bits, pass by pass, until
+    few enough are left to be sorted.
+    """
+    prefix, shift = 0, 63
+    while True:
+        width = min(16, shift)
+        shift -= width
+        counts = torch.zeros(1 << width, dtype=torch.int64)
+        for _, rows in matrix.blocks():
+            bits = _bits(rows)
+            bits = bits[bits >> (shift + width) == prefix]
+            counts += torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
+        above = counts.flip(0).cumsum(0).flip(0)  # so many have these bits or more
+        bucket = int((above >= count).sum()) - 1
+        count -= int(above[bucket]) - int(counts[bucket])
+        prefix = (prefix << width) | bucket
+        if not shift:
+            return _value(prefix)
+        if int(counts[bucket]) <= _GATHERED:
+            some = [bits[bits >> shift == prefix] for bits in (_bits(rows) for _, rows in matrix.blocks())]
+            return _value(int(torch.cat(some).sort(descending=True).values[count - 1]))
+
+
+def _bits(rows: torch.Tensor) -> torch.Tensor:
+    return rows.abs().flatten().view(torch.int64)
+
+
+def _value(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int64).view(torch.float64))

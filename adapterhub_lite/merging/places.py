@@ -1,0 +1,78 @@
+"""Where the tensors of a model's modules lie in its checkpoint, and which of them two modules share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..bases.views import View, kind_of
+from ..errors import AdapterMismatch, Unsupported
+from .checkpoint import Checkpoint
+
+
+class Places:
+    """Names of a model's tensors in a checkpoint, which may lack or carry the backbone's prefix."""
+
+    def __init__(self, view: View, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+        self._modules = view.modules
+        self._prefix = f"{getattr(view.model, 'base_model_prefix', '')}."
+
+    def tensor(self, name: str) -> str:
+        """The checkpoint's name for a tensor of the model.
+
+        Raises:
+            AdapterMismatch: it is not there, or has another shape.
+        """
+        for candidate in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"):
+            if candidate in self._tensors:
+                self._check_shape(name, candidate)
+                return candidate
+        raise AdapterMismatch(
+            f"The checkpoint has no tensor {name}.",
+            "It is tied to another, or stored in another form (as experts may be); it cannot be changed alone.",
+        )
+
+    def there(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of the model."""
+        return any(n in self._tensors for n in (name, name.removeprefix(self._prefix), f"{self._prefix}{name}"))
+
+    def _check_shape(self, name: str, stored: str) -> None:
+        module, _, leaf = name.rpartition(".")
+        own = getattr(self._modules.get(module), leaf, None)
+        found = self._tensors[stored].shape
+        if own is not None and tuple(own.shape) != tuple(found):
+            raise AdapterMismatch(
+                f"The checkpoint's {stored} is {list(found)}, the model's {list(own.shape)}.",
+                "It is stored in another form (as fused layers may be); merging does not know which part is which.",
+            )
+
+
+class Tie:
+    """The output layer and the embeddings of a model, where both are one tensor of the checkpoint."""
+
+    def __init__(self, view: View, config: dict[str, Any]) -> None:
+        self._config = config
+        model: Any = view.model
+        found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        names = {id(module): name for name, module in view.modules.items()}
+        tied = bool(getattr(view.model.config, "tie_word_embeddings", False))
+        self.output = names.get(id(found), "") if isinstance(found, nn.Linear) and tied else ""
+        self.input = names.get(id(model.get_input_embeddings()), "") if self.output else ""
+
+    def broken_by(self, adapted: set[str]) -> bool:
+        """Whether adapters that change these modules need the two to be tensors of their own.
+
+        Raises:
+            Unsupported: they do, and this kind of model computes otherwise without the tie.
+        """
+        if not self.output or not self.input or not adapted & {self.output, self.input}:
+            return False
+        if kind_of(self._config) != "causal" or isinstance(self._config.get("text_config"), dict):
+            raise Unsupported(
+                f"{self.output} and {self.input} are one tensor of this model (tied), and an adapter changes "
+                "one of them: this kind of model has no form in which they are two.",
+                "Serve the adapter with its base, or train it on other layers.",
+            )
+        return True

@@ -1,0 +1,178 @@
+"""Combine stored versions of one base into a new version: proven, measured on its parents' test sets, and stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import Any
+
+from ..bases.load import Base
+from ..combining.changes import Changes, changes_of
+from ..combining.combine import Options
+from ..combining.combine import combine as combine_changes
+from ..combining.members import error_of
+from ..combining.rules import RULES
+from ..errors import Unsupported
+from ..events import Listener, Stage, ignore
+from ..names import Ref, check_name
+from ..store import Store
+from .combine_base import FrozenWeights, Ground, ground_of, with_base
+from .combine_members import Member, Weighted, members_of, primary_of
+from .combine_publish import Made, Making, check_size, put_made
+
+_LONGEST_NAME = 64
+_WHOLE = ("task_arithmetic", "ties", "dare_ties")  # they add tasks, or take means: 1 each by default; others share 1
+_USED = {  # options that have a part in a method's result, beside rank and error
+    "ties": ("density", "majority_sign"),
+    "dare_linear": ("density", "seed"),
+    "dare_ties": ("density", "majority_sign", "seed"),
+    "magnitude_prune": ("density",),
+}
+
+
+def combine(
+    adapters: Weighted,
+    method: str = "linear",
+    *,
+    weights: Sequence[float] | None = None,
+    name: str | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    density: float = Options.density,
+    seed: int = 0,
+    majority_sign: str = "total",
+    head: str | Ref | None = None,
+    store: Store | None = None,
+    base: Base | str | None = None,
+    quantize: str | None = None,
+    device: str = "auto",
+    evaluate: bool = True,
+    on_event: Listener = ignore,
+) -> Ref:
+    """Combine versions of one base into a new version, whose card has its parents, weights and errors.
+
+    Before it is stored it must move logits, and its parents' test sets are answered by each parent alone and by it;
+    both go into the card. Without the base on this disk it is stored unmeasured, and its card says so.
+
+    Args:
+        adapters: references, pairs of reference and weight, or a mapping of both; weights may be negative.
+        method: linear (the exact sum), cat, svd, ties, dare_linear, dare_ties, magnitude_prune, slerp or
+            task_arithmetic.
+        weights: one for each; by default equal ones that add up to 1, or 1 each for task_arithmetic and both ties.
+        name: of the new version; by default made of the parents' names.
+        rank, error: the rank that the result is brought to, or the relative error that it may have.
+        density: the share of elements that ties, DARE and magnitude_prune keep.
+        head: the member whose classification head is kept, where several have one.
+        base: their base, loaded or by name; needed where a card does not tell its fingerprint.
+        evaluate: False stores it without a base, unmeasured.
+
+    Raises:
+        BaseMismatch: the adapters are of different bases.
+        Unsupported: an adapter that is no change of weights, an unknown method, options that contradict each other.
+        NoEffect: the sum moves no logit.
+    """
+    options = Options(rank=rank, error=error, density=density, seed=seed, majority_sign=majority_sign)  # type: ignore[arg-type]
+    made = make_combined(
+        adapters, method, options, weights=weights, name=name, head=head, store=store, base=base, quantize=quantize,
+        device=device, evaluate=evaluate, on_event=on_event,
+    )  # fmt: skip
+    return made.ref
+
+
+def make_combined(
+    adapters: Weighted,
+    method: str,
+    options: Options,
+    *,
+    weights: Sequence[float] | None = None,
+    name: str | None = None,
+    head: str | Ref | None = None,
+    store: Store | None = None,
+    base: Base | str | None = None,
+    quantize: str | None = None,
+    device: str = "auto",
+    evaluate: bool = True,
+    on_event: Listener = ignore,
+) -> Made:
+    """As `combine`, with all that was found on the way."""
+    started = time.perf_counter()
+    store = store if store is not None else Store()
+    _check_method(method)
+    check_size(options.rank, options.error)
+    members = members_of(store, adapters, weights, 1.0 if method in _WHOLE else None)
+    name = check_name(name) if name is not None else _name_of(members)
+    head_of = _head_of(store, members, head)
+    store.prepare()
+    ground = ground_of(members, base, quantize, device, on_event)
+    on_event(Stage(f"combining {' + '.join(f'{one.weight:g} * {one}' for one in members)} by {method}"))
+    changes = [(changes_in(store, member, ground, options.error), member.weight) for member in members]
+    combined = combine_changes(changes, method, options, head_of=head_of, on_event=on_event)
+    headed = [member for member, (own, _) in zip(members, changes, strict=True) if own.head]
+    primary = members[head_of] if head_of is not None else primary_of(headed or members)
+    if evaluate:
+        ground = with_base(ground, members, quantize, device, on_event)
+    making = Making(
+        name=name,
+        members=members,
+        primary=primary,
+        origin=_origin(method, options, members, head_of) | _approximated([own for own, _ in changes]),
+        evaluate=evaluate,
+        started=started,
+        seed=options.seed if "seed" in _USED.get(method, ()) else None,
+    )
+    return put_made(store, combined, making, ground, on_event)
+
+
+def changes_in(store: Store, member: Member, ground: Ground, error: float | None = None) -> Changes:
+    """The member's changes of weights; of DoRA and IA3 with the frozen weights, where they are on this disk.
+
+    Args:
+        error: relative, that bringing such a change to low rank may make.
+    """
+    adapter = member.adapter(store)
+    frozen = FrozenWeights(member, ground.folder, adapter.spec.task_type) if ground.folder is not None else None
+    return changes_of(adapter, frozen, error=error, bias_of=frozen.bias if frozen else None)
+
+
+def _check_method(method: str) -> None:
+    if method not in RULES:
+        near = get_close_matches(method, RULES, 1)
+        guess = f"Did you mean {near[0]}? " if near else ""
+        raise Unsupported(f"There is no method {method!r}.", f"{guess}There are {', '.join(RULES)}.")
+
+
+def _origin(method: str, options: Options, members: Sequence[Member], head_of: int | None) -> dict[str, Any]:
+    used = ("rank", "error", *_USED.get(method, ()))
+    return {
+        "kind": "combined",
+        "method": method,
+        "weights": [member.weight for member in members],
+        "options": {key: value for key, value in asdict(options).items() if key in used and value is not None},
+        **({"head": str(members[head_of])} if head_of is not None else {}),
+    }
+
+
+def _approximated(changes: Sequence[Changes]) -> dict[str, Any]:
+    """The relative errors that DoRA and IA3 members had before they were combined."""
+    found = {one.name: error_of(one) for one in changes}
+    lossy = {name: error for name, error in found.items() if error}
+    return {"approximated": lossy} if lossy else {}
+
+
+def _head_of(store: Store, members: Sequence[Member], head: str | Ref | None) -> int | None:
+    if head is None:
+        return None
+    wanted = store.resolve(head)
+    found = next((i for i, member in enumerate(members) if member.ref.digest == wanted.digest), None)
+    if found is None:
+        told = ", ".join(map(str, members))
+        raise Unsupported(f"{head} is not among the adapters, so its head cannot be kept.", f"Name one of {told}.")
+    return found
+
+
+def _name_of(members: Sequence[Member]) -> str:
+    names = dict.fromkeys(member.ref.name for member in members)
+    joined = f"{'-'.join(names)}-mix"
+    return joined if len(joined) <= _LONGEST_NAME else f"{next(iter(names))[: _LONGEST_NAME - 4]}-mix"

@@ -1,0 +1,159 @@
+"""A version made of others becomes a stored one: measured where its base is at hand, with its parents in its card."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..combining.combine import Combined, Layer
+from ..errors import Unsupported
+from ..events import Listener
+from ..formats.card import Card
+from ..names import Ref
+from ..store import Store
+from .combine_base import Ground
+from .combine_data import HeldOut, data_of, held_out
+from .combine_measure import Measured, Proof, prove_made
+from .combine_members import Member
+from .publish import adapter_summary, libraries
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a version is made of others.
+
+    Attributes:
+        primary: the member whose task it has.
+        origin: what its card says of the way.
+        seed: of what was drawn, where something was.
+        evaluate: whether it is to be measured.
+        started: when, by `time.perf_counter`.
+    """
+
+    name: str
+    members: Sequence[Member]
+    primary: Member
+    origin: dict[str, Any]
+    evaluate: bool
+    started: float
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A version that was made of others.
+
+    Attributes:
+        combined: its tensors, with the error of each layer.
+        measured: every test set of its parents.
+        not_measured: why effect and metrics are not known; "" where they are.
+    """
+
+    ref: Ref
+    card: Card
+    combined: Combined
+    measured: tuple[Measured, ...]
+    not_measured: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain form."""
+        return {
+            "ref": f"{self.ref.name}@{self.ref.version}",
+            "digest": self.ref.digest,
+            "parents": list(self.card.parents),
+            "origin": {key: value for key, value in self.card.origin.items() if key != "measured"},
+            "adapter": self.card.adapter,
+            "layers": [asdict(layer) for layer in self.combined.layers],
+            "effect": self.card.effect,
+            "metrics": self.card.metrics,
+            "measured": [one.to_dict() for one in self.measured],
+            "not_measured": self.not_measured,
+        }
+
+
+def put_made(store: Store, combined: Combined, making: Making, ground: Ground, on_event: Listener) -> Made:
+    """Measure what was made on the base of `ground`, and store it. Without that base it is stored unmeasured.
+
+    Raises:
+        NoEffect: it moves no logit.
+        AdapterMismatch: it does not fit the base.
+    """
+    adapter: Adapter = replace(combined.adapter, name=making.name, card=None, digest="")
+    members, task = making.members, dict(making.primary.card.task)
+    data, proof = data_of(members, making.primary), Proof()
+    if making.evaluate and ground.base is not None:
+        sets = held_out(members, making.primary)
+        proof = prove_made(store, adapter, sets, task, ground.base, on_event)
+        proof = _under_plain_names(proof, sets, data, making.primary)
+    not_measured = "" if proof.effect else ground.missing if making.evaluate else "It was not asked for."
+    card = Card(
+        adapter=adapter_summary(adapter),
+        base=ground.facts,
+        task=task,
+        data=data,
+        seed=making.seed,
+        libraries=libraries(),
+        metrics=proof.metrics,
+        effect=proof.effect,
+        examples=proof.examples,
+        parents=[str(member) for member in members],
+        origin={
+            **making.origin,
+            "members": [{"ref": str(one), "digest": one.ref.digest, "weight": one.weight} for one in members],
+            "error": finite(combined.error),
+            "layers": layers_summary(combined.layers),
+            **({"notes": list(combined.notes)} if combined.notes else {}),
+            "measured": [one.to_dict() for one in proof.measured],
+            **({"not_measured": not_measured} if not_measured else {}),
+        },
+        duration_seconds=round(time.perf_counter() - making.started, 3),
+    )
+    ref = store.put(making.name, dict(adapter.files()), card)
+    return Made(ref, store.card(ref), combined, proof.measured, not_measured)
+
+
+def _under_plain_names(proof: Proof, sets: Sequence[HeldOut], data: dict[str, Any], primary: Member) -> Proof:
+    """Where parents have test sets of their own, that of `primary` is also the new version's `test`."""
+    metrics, examples = dict(proof.metrics), dict(proof.examples)
+    for split in ("test", "validation"):
+        own = HeldOut(primary, split, split, primary.card.task).identity
+        same = next((one.name for one in sets if one.split and one.identity == own and one.name in metrics), None)
+        if split in data and split not in metrics and same is not None:
+            metrics[split], examples[split] = metrics[same], examples[same]
+    return replace(proof, metrics=metrics, examples=examples)
+
+
+def check_size(rank: int | None, error: float | None) -> None:
+    """Raise Unsupported unless at most one of a rank and an error (0..1) is wished for."""
+    if rank is not None and error is not None:
+        raise Unsupported("A rank and an error are both given; each decides the other.", "Give one of them.")
+    if rank is not None and rank < 1:
+        raise Unsupported(f"A rank of {rank} holds nothing.", "Give 1 or more.")
+    if error is not None and not 0 < error < 1:
+        raise Unsupported(f"{error:g} is no relative error.", "Give a share between 0 and 1, such as 0.01 for 1 %.")
+
+
+def layers_summary(layers: Sequence[Layer]) -> dict[str, Any]:
+    """What a card keeps of the layers' ranks and errors."""
+    if not layers:
+        return {"count": 0}
+    ranks = [layer.rank for layer in layers]
+    worst = max(layers, key=lambda layer: layer.error)
+    return {
+        "count": len(layers),
+        "rank": {"smallest": min(ranks), "largest": max(ranks), "mean": round(sum(ranks) / len(ranks), 2)},
+        "error": {
+            "mean": finite(math.fsum(layer.error for layer in layers) / len(layers)),
+            "largest": finite(worst.error),
+            "at": worst.module,
+        },
+    }
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return float(value) if math.isfinite(value) else None
