@@ -6,7 +6,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Show everything once, on real models: train, swap, mix, merge."),
     "train": ("train", "Train the adapter that a recipe describes and store it."),
     "plan": ("plan", "Say what training a recipe would take, before the first step."),
-    "runs": ("runs", "List training runs that have not ended, and how to go on."),
+    "runs": ("runs", "List training runs, sweeps and tunes that have not ended, and how to go on."),
     "sweep": ("sweep", "Train every point of a grid together, store each, and compare them."),
     "tune": ("tune", "Search learning rate, rank and the like in a given time; store the best."),
     "recipes": ("recipes", "List the built-in recipes, or print one."),
@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "conflicts": ("conflicts", "Compare what adapters would do to each other if they were combined."),
     "combine": ("combine", "Combine adapters of one base into a new version, measured on their test data."),
     "convert": ("convert", "Bring an adapter into plain LoRA, or to another rank, as a new version."),
-    "merge": ("merge", "Bake an adapter into a checkpoint that plain transformers loads."),
+    "merge": ("merge", "Bake adapters into a model that plain transformers, or llama.cpp, loads."),
     "base": ("base", "List, fetch and show base models."),
     "doctor": ("doctor", "Say what was chosen on this machine and why, and what is wrong."),
 }

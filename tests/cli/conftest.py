@@ -17,7 +17,7 @@ from tests import tiny
 _INSTRUCT = """\
 name: parrot
 base: {base}
-task: {{type: instruct, prompt: question, completion: reply, max_new_tokens: 6}}
+task: {{type: instruct, prompt: question, completion: reply, max_new_tokens: 6, metrics: [exact_match]}}
 data: {{train: parrot.jsonl, test: parrot-test.jsonl}}
 adapter: {{type: lora, rank: 2, alpha: 4}}
 training: {{epochs: 1, batch_size: 4, learning_rate: 1.0e-2, max_length: 64}}

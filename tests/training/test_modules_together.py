@@ -39,7 +39,7 @@ def test_what_rows_begin_with_alike_is_computed_once(tmp_path: Path, family: str
     ]
     learners = [learner(base, seed) for seed in range(2)]
     computation = ModuleComputation(base, learners, DROPLESS)
-    (pack,) = computation._packs(rows)
+    (pack,) = computation._packs(rows, False)
     assert sum(len(piece.ids) for piece in pack) < 90, "the beginning of each learner's rows stands there once"
     sums = computation.gradients(rows)
     found = grads(learners)
@@ -54,7 +54,7 @@ def test_what_rows_begin_with_alike_is_computed_once(tmp_path: Path, family: str
         assert_same(one, other, 1e-10)
     dropping = ModuleComputation(base, [learner(base, 0, 0.1), learner(base, 1)], DROPLESS)
     dropping._run.dropping = True
-    assert sum(len(piece.ids) for pack in dropping._packs(rows) for piece in pack) > 120, "dropout differs by row"
+    assert sum(len(piece.ids) for pack in dropping._packs(rows, False) for piece in pack) > 120, "dropout differs by row"
 
 
 def test_layers_that_mix_rows_are_given_one_learner_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
