@@ -13,6 +13,7 @@ weight less, for weights that differ a little from those of nf4. So it has a nam
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import Unsupported
+from .heads import HEAD_NAMES
 
 QUANTIZATIONS = ("none", "int8", "nf4", "nf4-double")
+NOT_QUANTISED = (*HEAD_NAMES, "lm_head", "embed_out")
+"""Modules that a base never quantises: heads, and output layers."""
 NF4_BLOCK_SIZE = 64
 _SCALES_BLOCK_SIZE = 256
 # Of a weight, with its share of the scales.
@@ -58,6 +62,31 @@ def quantization_config(quantize: str, dtype: torch.dtype, skip: list[str]) -> A
 def is_quantized(module: nn.Module) -> bool:
     """Whether `module` is a bitsandbytes 4-bit or 8-bit linear layer."""
     return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def linear_layers(model: nn.Module, skip: Sequence[str] = NOT_QUANTISED) -> dict[str, bool]:
+    """Names of the layers that transformers quantises with bitsandbytes, and whether each is a Conv1D ([in, out]).
+
+    transformers stores a Conv1D the other way round once it is quantised: as [out, in].
+
+    Args:
+        model: not quantised yet.
+        skip: names that are left as they are, beside those that the model's class keeps in float32 (T5's `wo`).
+    """
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept: Any = HfQuantizer.get_modules_to_not_convert(
+        model,  # type: ignore[arg-type]
+        list(skip),
+        getattr(model, "_keep_in_fp32_modules", None),
+    )
+    return {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, kept)
+    }
 
 
 def nf4_scales(state: Any) -> torch.Tensor:
@@ -157,10 +186,16 @@ def make_exact_on_cpu(model: nn.Module, dtype: torch.dtype, keep_copies: bool) -
     return kept
 
 
-def quantized_round_trip(weight: torch.Tensor, quantize: str) -> torch.Tensor:
-    """What `weight` [out, in] becomes in a base quantised with `quantize`, as a dense tensor of the same dtype."""
+def quantized_round_trip(weight: torch.Tensor, quantize: str, turned: bool = False) -> torch.Tensor:
+    """What `weight` [out, in] becomes in a base quantised with `quantize`, as a dense tensor of the same dtype.
+
+    Args:
+        turned: the weight is [in, out], as Conv1D's are; so is the result.
+    """
     if quantize == "none":
         return weight
+    if turned:
+        return quantized_round_trip(weight.T.contiguous(), quantize).T.contiguous()
     import bitsandbytes.functional as bnb
 
     if quantize in ("nf4", "nf4-double"):

@@ -1,7 +1,7 @@
 """Matrices that are known by blocks of rows alone: their best approximations of low rank, and their largest values.
 
-What a rule makes of single values is of no low rank. Such a matrix is never held: each pass forms its rows anew, block
-by block, and throws them away. A block Krylov space of A^T A (Musco and Musco, arXiv 1504.05477) is grown by one pass
+What a rule makes of single values is of no low rank. Such a matrix is not held unless it is small: each pass forms its
+rows anew, block by block, and throws them away. A block Krylov space of A^T A (Musco and Musco, arXiv 1504.05477) is grown by one pass
 at a time, with all of it kept orthogonal, until what it captures no longer grows; a last pass measures the error.
 """
 
@@ -20,11 +20,16 @@ Rows = Callable[[int, int], torch.Tensor]
 """(start, stop) -> rows [stop - start, in] of a matrix, in float64; the same whenever it is asked."""
 
 BLOCK = 1 << 16  # values of a block: what a few of them take stays in the second cache
-_MORE = 32  # columns beside those wished, so that the last of these converge
+_MORE = 16  # columns beside those wished, so that the last of these converge
 _PASSES = 60
 _SETTLED = 1e-5  # of what is left (squared): what a further pass would still gain is no more than a few times this
 _NOTHING = 1e-15  # of the squared norm: less than float32 keeps, and what float64 makes of A^T A
-_ROUNDING = 1e-14  # of the squared norm: what two projections leave of columns that lie in the space
+_ROUNDING = {  # of the squared norm: what two projections leave of columns that lie in the space
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+}
+_NARROW = 1e-2  # of the squared norm: where more is left, float32 tells what a pass gains, in half the time
+_HELD = 1 << 21  # values of a matrix that takes less memory than the space: it is formed once
 _SPACE = 10  # blocks of columns that are kept before the best of them begin anew
 _GATHERED = 1 << 18  # values that are sorted
 
@@ -65,6 +70,13 @@ def brought_to_rank(matrix: Streamed, rank: int | None, error: float | None, mos
         Unsupported: the error needs a larger rank than `most`.
     """
     limit = min(*matrix.shape, most if rank is None else min(rank, most))
+    if error is None and limit < min(matrix.shape):
+        narrow, energy = _narrowed(matrix)
+        if energy:
+            space = _Krylov(narrow, limit, None, torch.float32)
+            _, vectors, _ = space.run()
+            if space.left > _NARROW * space.energy:
+                return _projected(matrix, torch.linalg.qr(vectors.double()).Q, energy)
     energy, vectors, reached = _Krylov(matrix, limit, error).run()
     if not vectors.shape[1]:
         return Brought(LowRank.zero(matrix.shape), 0.0, 0.0)
@@ -77,17 +89,35 @@ def brought_to_rank(matrix: Streamed, rank: int | None, error: float | None, mos
     return found
 
 
+def _narrowed(matrix: Streamed) -> tuple[Streamed, float]:
+    """The matrix in float32, of norm 1, and its squared norm; formed once where it is small."""
+    n_out, n_in = matrix.shape
+    held = list(matrix.blocks()) if n_out * n_in <= _HELD else None
+    energy = sum(float(rows.square().sum()) for _, rows in held or matrix.blocks())
+    if not energy:
+        return matrix, 0.0
+    scale = 1 / math.sqrt(energy)
+    if held is None:
+        return Streamed(matrix.shape, lambda start, stop: (matrix.rows(start, stop) * scale).float()), energy
+    whole = torch.cat([(rows * scale).float() for _, rows in held])
+    return Streamed(matrix.shape, lambda start, stop: whole[start:stop]), energy
+
+
 class _Krylov:
     """The space that is grown: `basis` [in, k], and `images` = A^T A basis."""
 
-    def __init__(self, matrix: Streamed, limit: int, error: float | None) -> None:
+    def __init__(
+        self, matrix: Streamed, limit: int, error: float | None, dtype: torch.dtype = torch.float64
+    ) -> None:
         self.matrix, self.limit, self.error = matrix, limit, error
         n_in = matrix.shape[1]
         self.wanted = limit if error is None else min(limit, 16)
         self.width = min(n_in, self.wanted + _MORE)
-        self.basis = torch.zeros(n_in, 0, dtype=torch.float64)
+        self.dtype = dtype
+        self.basis = torch.zeros(n_in, 0, dtype=dtype)
         self.images = self.basis
-        self.energy = 0.0
+        self.product = torch.zeros(0, 0, dtype=dtype)  # basis^T images
+        self.energy = self.left = 0.0  # the squared norm, and what the columns to keep leave of it
         self.generator = torch.Generator().manual_seed(0)
 
     def run(self) -> tuple[float, torch.Tensor, bool]:
@@ -99,9 +129,10 @@ class _Krylov:
                 return 0.0, self.basis[:, :0], True
             values, turn = self._ritz()
             kept, reached = self._rank(values)
-            left = max(self.energy - float(values[:kept].sum()), 0.0)
+            left = self.left = max(self.energy - float(values[:kept].sum(dtype=torch.float64)), 0.0)
             settled = before - left <= _SETTLED * left or left <= _NOTHING * self.energy
             done = settled and (reached or kept == self.limit)
+            done = done or (self.dtype == torch.float32 and left <= _NARROW * self.energy)
             fresh = self._orthonormal(image)
             if not (fresh.shape[1] or reached):  # the space is closed, as where many singular values are equal
                 fresh = self._orthonormal(self._drawn())
@@ -111,11 +142,12 @@ class _Krylov:
             if self.basis.shape[1] + fresh.shape[1] > max(_SPACE * self.width, 4 * kept):
                 most = min(turn.shape[1], kept + self.width)
                 self.basis, self.images = self.basis @ turn[:, :most], self.images @ turn[:, :most]
+                self.product = turn[:, :most].mT @ self.product @ turn[:, :most]
         return self.energy, self.basis @ turn[:, :kept], reached
 
     def _drawn(self) -> torch.Tensor:
         shape = self.basis.shape[0], self.width
-        return torch.randn(shape, dtype=torch.float64, generator=self.generator) * max(self.energy, 1.0)
+        return torch.randn(shape, dtype=self.dtype, generator=self.generator) * max(self.energy, 1.0)
 
     def _grow(self, fresh: torch.Tensor) -> torch.Tensor:
         """One pass: A^T A of new columns, which join the space."""
@@ -123,15 +155,16 @@ class _Krylov:
         for _, rows in self.matrix.blocks():
             image += rows.mT @ (rows @ fresh)
             if not self.energy:
-                energy += float(rows.square().sum())
+                energy += float(rows.square().sum(dtype=torch.float64))
         self.energy = self.energy or energy
+        across, own = self.basis.mT @ image, fresh.mT @ image
+        self.product = torch.cat([torch.cat([self.product, across], 1), torch.cat([across.mT, own], 1)])
         self.basis, self.images = torch.cat([self.basis, fresh], 1), torch.cat([self.images, image], 1)
         return image
 
     def _ritz(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What columns of the space capture of the squared norm, most first, and how they are turned for that."""
-        product = self.basis.mT @ self.images
-        values, turn = torch.linalg.eigh((product + product.mT) / 2)
+        values, turn = torch.linalg.eigh((self.product + self.product.mT) / 2)
         return values.flip(0).clamp(min=0), turn.flip(1)
 
     def _rank(self, values: torch.Tensor) -> tuple[int, bool]:
@@ -146,12 +179,12 @@ class _Krylov:
     def _orthonormal(self, columns: torch.Tensor) -> torch.Tensor:
         """An orthonormal basis of what columns have outside the space; none where that is no more than rounding."""
         room = self.basis.shape[0] - self.basis.shape[1]
-        for _ in range(2):  # twice is enough for orthogonality to rounding
-            columns = columns - self.basis @ (self.basis.mT @ columns)
+        columns = columns - self.basis @ (self.basis.mT @ columns)
         u, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
-        count = min(int((sizes > _ROUNDING * self.energy).sum()), room)
+        count = min(int((sizes > _ROUNDING[self.dtype] * self.energy).sum()), room)
         fresh = u[:, :count]
-        fresh = fresh - self.basis @ (self.basis.mT @ fresh)
+        for _ in range(2):  # what is left may be 1e-14 of what was there
+            fresh = fresh - self.basis @ (self.basis.mT @ fresh)
         found: torch.Tensor = torch.linalg.qr(fresh).Q
         return found
 

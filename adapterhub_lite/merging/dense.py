@@ -110,10 +110,15 @@ class Term:
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done to a frozen weight: it goes through a quantisation and back, and adapters change it."""
+    """What is done to a frozen weight: it goes through a quantisation and back, and adapters change it.
+
+    Attributes:
+        turned: the weight is stored [in, out], and quantised as [out, in].
+    """
 
     terms: tuple[Term, ...] = ()
     quantization: str = "none"
+    turned: bool = False
 
     @property
     def step(self) -> int:
@@ -122,6 +127,8 @@ class Edit:
             return 0  # the norm of an output goes over all rows
         if self.quantization == "nf4-double":
             return 0  # scales are quantised with what all of them have in common
+        if self.turned and self.quantization != "none":
+            return 0  # blocks of values with one scale go over all rows
         return NF4_BLOCK_SIZE if self.quantization == "nf4" else 1
 
     def plus(self, *terms: Term) -> Edit:
@@ -130,14 +137,15 @@ class Edit:
 
     def open(self) -> OpenEdit:
         """The edit with its matrices formed."""
-        return OpenEdit([(term, None if term.make is None else term.make()) for term in self.terms], self.quantization)
+        terms = [(term, None if term.make is None else term.make()) for term in self.terms]
+        return OpenEdit(terms, self.quantization, self.turned)
 
 
 class OpenEdit:
     """An edit in work; its blocks may be made in any order, by several threads."""
 
-    def __init__(self, terms: list[tuple[Term, Delta | None]], quantization: str) -> None:
-        self._terms, self._quantization = terms, quantization
+    def __init__(self, terms: list[tuple[Term, Delta | None]], quantization: str, turned: bool = False) -> None:
+        self._terms, self._quantization, self._turned = terms, quantization, turned
 
     def into(self, block: torch.Tensor, start: int, target: torch.Tensor) -> bool:
         """Make rows of the result; whether all values are finite.
@@ -147,7 +155,7 @@ class OpenEdit:
             target: gets the rows, rounded once from float32; it may be `block` itself.
         """
         if self._quantization != "none":
-            block = quantized_round_trip(block.float(), self._quantization)
+            block = quantized_round_trip(block.float(), self._quantization, self._turned)
         found = self._natively(block, start, target)
         if found is None:
             target.copy_(self._made(block.float(), start, start + len(block)))

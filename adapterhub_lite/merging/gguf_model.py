@@ -50,16 +50,7 @@ def write_gguf(
         AdapterMismatch: tensors that llama.cpp has no place for, or that are missing.
         StoreError: the file exists or could not be written.
     """
-    check_kind(kind, KINDS)
-    layout = Layout.of(plan.config)
-    bodies = _bodies(plan, layout, kind)
-    metadata = Metadata()
-    _describe(metadata, layout, name or path.stem, kind, bodies)
-    window = _window(layout.config)
-    if window:
-        text = f"The model attends to the last {window} tokens, and llama.cpp to all: longer texts give other logits."
-        on_event(Note(text, "warning"))
-    add_tokenizer(metadata, base_folder, layout.config, on_event)
+    metadata, bodies = _planned(plan, base_folder, kind, name or path.stem, on_event)
     total, written = sum(body.nbytes for body in bodies), 0
 
     def done(count: int) -> None:
@@ -68,6 +59,27 @@ def write_gguf(
         on_event(Progress("writing GGUF", written, total, "bytes"))
 
     write_file(fs or FileSystem(), path, metadata, bodies, done)
+
+
+def check_gguf(plan: MergePlan, base_folder: Path, kind: str = "f16") -> None:
+    """Raise what `write_gguf` would, but for what the values are and the disk does."""
+    _planned(plan, base_folder, kind, "model", ignore)
+
+
+def _planned(
+    plan: MergePlan, base_folder: Path, kind: str, name: str, on_event: Listener
+) -> tuple[Metadata, list[Body]]:
+    check_kind(kind, KINDS)
+    layout = Layout.of(plan.config)
+    bodies = _bodies(plan, layout, kind)
+    metadata = Metadata()
+    _describe(metadata, layout, name, kind, bodies)
+    window = _window(layout.config)
+    if window:
+        text = f"The model attends to the last {window} tokens, and llama.cpp to all: longer texts give other logits."
+        on_event(Note(text, "warning"))
+    add_tokenizer(metadata, base_folder, layout.config, on_event)
+    return metadata, bodies
 
 
 def _bodies(plan: MergePlan, layout: Layout, kind: str) -> list[Body]:

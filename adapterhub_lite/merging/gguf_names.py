@@ -92,6 +92,19 @@ class Layout:
         given = getattr(self.config, "head_dim", None)
         return int(given or self.config.hidden_size // self.config.num_attention_heads)
 
+    @property
+    def read_config(self) -> Any:
+        """What plain transformers is to be told with a file: it reads little of a configuration from the file itself.
+
+        llama.cpp takes a mistral for a llama, and transformers finds the tensors of no mistral in a file.
+        """
+        if self.config.model_type != "mistral":
+            return self.config
+        from transformers import LlamaConfig
+
+        told = self.config.to_dict()
+        return LlamaConfig(**{key: value for key, value in told.items() if key not in ("model_type", "architectures")})
+
     @cached_property
     def required(self) -> Shapes:
         """Names and shapes of the tensors that llama.cpp must find."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..bases.quantization import linear_layers
 from ..bases.views import View, kind_of
 from ..errors import AdapterMismatch, Unsupported
 from .checkpoint import Checkpoint
@@ -47,6 +48,17 @@ class Places:
                 f"The checkpoint's {stored} is {list(found)}, the model's {list(own.shape)}.",
                 "It is stored in another form (as fused layers may be); merging does not know which part is which.",
             )
+
+
+def quantised_weights(view: View, checkpoint: Checkpoint) -> dict[str, bool]:
+    """The checkpoint's names of the weights that a base quantises, and whether each is stored [in, out].
+
+    Args:
+        view: the class that the base is loaded as, not that of an adapter.
+    """
+    places = Places(view, checkpoint)
+    layers = {f"{name}.weight": turned for name, turned in linear_layers(view.model).items()}
+    return {places.tensor(name): turned for name, turned in layers.items() if places.there(name)}
 
 
 class Tie:

@@ -1,9 +1,9 @@
 """Plan a merge: which checkpoint tensors change and how, without loading a model.
 
 W' = W + the sum of w_i dW_i over the adapters, computed in float32 and rounded once; dW is what an adapter alone does
-to the frozen weight (`dense`). An adapter that was trained on a quantised base can be baked into what that base really
-computed with (`dequantised`: every weight goes through the quantisation and back) or into the checkpoint's own weights
-(`original`).
+to the frozen weight (`dense`). An adapter that was trained on a quantised base (int8, nf4, nf4-double) can be baked into
+what that base really computed with (`dequantised`: every weight that bitsandbytes quantised goes through the
+quantisation and back) or into the checkpoint's own weights (`original`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .checkpoint import DTYPES, Checkpoint, Planned, not_finite, planned
 from .dense import Edit
 from .edits import BiasTerm, Edits, changed_bias, edits_of
 from .merged import content_digest, noted, refuse_again
-from .places import Places, Tie
+from .places import Places, Tie, quantised_weights
 
 BAKES = ("auto", "dequantised", "original")
 Member = tuple[Adapter, float]
@@ -81,7 +81,7 @@ def plan_merge(
 
     Args:
         adapters: each with the factor on its change; one alone has the factor 1.
-        quantization: of the base the adapters were trained on: none, int8 or nf4.
+        quantization: of the base the adapters were trained on: none, int8, nf4 or nf4-double.
         bake: dequantised, original, or auto (dequantised if the base was quantised).
         dtype: float32, bfloat16, float16, or auto (each tensor keeps its own).
         labels: label names, for an adapter with a classification head.
@@ -200,14 +200,9 @@ class _Draft:
 
     def bake(self, quantization: str) -> None:
         """Let every weight that a quantised base would hold go through the quantisation and back."""
-        assert self._view is not None
-        places = Places(self._view, self._checkpoint)
-        skipped = (*HEAD_NAMES, "lm_head", "embed_out")
-        for name, module in self._view.modules.items():
-            tensor = f"{name}.weight"
-            if isinstance(module, nn.Linear) and name.split(".")[-1] not in skipped and places.there(tensor):
-                found = places.tensor(tensor)
-                self._edits[found] = replace(self._edits.get(found, Edit()), quantization=quantization)
+        for name, turned in quantised_weights(self._view_of("default"), self._checkpoint).items():
+            edit = self._edits.get(name, Edit())
+            self._edits[name] = replace(edit, quantization=quantization, turned=turned)
 
     def shards(self, dtype: str) -> dict[str, list[Planned]]:
         """File name -> tensors in order."""

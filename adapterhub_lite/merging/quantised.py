@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter
-from ..bases.heads import HEAD_NAMES
-from ..bases.quantization import NF4_BLOCK_SIZE, quantization_config
+from ..bases.quantization import NF4_BLOCK_SIZE, NOT_QUANTISED, quantization_config
+from ..bases.quantization import linear_layers as linear_layers
 from ..bases.quiet import quiet
 from ..errors import AdapterMismatch, Unsupported
 from .checkpoint import Planned
@@ -127,27 +127,6 @@ def residual_adapter(plan: QuantisedPlan) -> Adapter:
     model = _skeleton(plan.config)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     return residual_adapter_of(factors, plan.residual_rank, linear, _task_of(plan.config), dtype)
-
-
-def linear_layers(model: nn.Module, skip: list[str]) -> dict[str, bool]:
-    """Names of the layers that transformers quantises with bitsandbytes, and whether each is a Conv1D ([in, out]).
-
-    transformers stores a Conv1D the other way round once it is quantised: as [out, in].
-    """
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    kept: Any = HfQuantizer.get_modules_to_not_convert(
-        model,  # type: ignore[arg-type]
-        skip,
-        getattr(model, "_keep_in_fp32_modules", None),
-    )
-    return {
-        name: isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if (isinstance(module, Conv1D) or type(module) is nn.Linear) and should_convert_module(name, kept)
-    }
 
 
 def change_of(planned: Planned, turned: bool) -> Factors | None:
@@ -267,7 +246,7 @@ def _skipped(model: Any) -> list[str]:
     """What stays as it is: heads and output layers by their usual names, and by what the model says is its own."""
     output = model.get_output_embeddings()
     own = [name for name, module in model.named_modules() if output is not None and module is output]
-    return [*HEAD_NAMES, *dict.fromkeys(["lm_head", "embed_out", *own])]
+    return list(dict.fromkeys([*NOT_QUANTISED, *own]))
 
 
 def _tensor_of(module: str, model: Any, tensors: Mapping[str, Planned]) -> str:

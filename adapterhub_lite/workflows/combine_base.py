@@ -15,7 +15,6 @@ from torch import nn
 from ..adapters.sites import is_conv1d
 from ..bases.fetch import on_disk
 from ..bases.fingerprint import weights_digest
-from ..bases.heads import HEAD_NAMES
 from ..bases.load import Base, load_base
 from ..bases.quantization import quantized_round_trip
 from ..bases.skeleton import skeleton_of
@@ -24,7 +23,7 @@ from ..errors import AdapterHubError, AdapterMismatch, BaseMismatch
 from ..events import Listener, Note
 from ..formats.card import Card
 from ..merging.checkpoint import Checkpoint
-from ..merging.places import Places
+from ..merging.places import Places, quantised_weights
 from ..places import cache_root
 from .base_choice import base_name, is_trusted
 from .combine_members import Member, check_one_base
@@ -32,7 +31,6 @@ from .own_base import load_own_base
 from .publish import base_summary
 
 _CLAIMED = ("name", "repo", "commit", "revision")  # what leads to a base; of a foreign card it is not handed on
-_DENSE = (*HEAD_NAMES, "lm_head", "embed_out")  # never quantised
 
 
 @dataclass(frozen=True)
@@ -145,12 +143,11 @@ class FrozenWeights:
             AdapterMismatch: it has no such module.
         """
         checkpoint, view = self._opened
-        live = self._module(module)
-        weight = checkpoint.read(Places(view, checkpoint).tensor(f"{module}.weight")).float()
-        if is_conv1d(live):  # stored [in, out], and never quantised
-            return weight.T.contiguous()
-        dense = module.rpartition(".")[2] in _DENSE
-        return weight if dense else quantized_round_trip(weight, self._quantization)
+        turned = is_conv1d(self._module(module))
+        name = Places(view, checkpoint).tensor(f"{module}.weight")
+        weight = checkpoint.read(name).float()
+        weight = weight.T.contiguous() if turned else weight
+        return quantized_round_trip(weight, self._quantization) if name in self._quantised else weight
 
     def bias(self, module: str) -> torch.Tensor | None:
         """The bias of one module [out], None where it has none. Raises as the weight."""
@@ -166,6 +163,18 @@ class FrozenWeights:
         return found
 
     @cached_property
+    def _quantised(self) -> set[str]:
+        """The checkpoint's names of the weights that the member's base quantised."""
+        if self._quantization == "none":
+            return set()
+        return set(quantised_weights(skeleton_of(self._config, None), self._opened[0]))
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self._folder / "config.json").read_text("utf-8"))
+        return found
+
+    @cached_property
     def _opened(self) -> tuple[Checkpoint, View]:
         wanted = self._member.mark.get("weights")
         if wanted and weights_digest(self._folder, cache_root() / "fingerprints.json") != wanted:
@@ -173,5 +182,4 @@ class FrozenWeights:
                 f"{self._folder} holds other weights than {self._member} was made for.",
                 "Name its own base with --base BASE.",
             )
-        config = json.loads((self._folder / "config.json").read_text("utf-8"))
-        return Checkpoint.open(self._folder), skeleton_of(config, self._task_type)
+        return Checkpoint.open(self._folder), skeleton_of(self._config, self._task_type)

@@ -19,11 +19,10 @@ from ..adapters.sites import is_conv1d
 from ..bases.quantization import quantized_round_trip
 from ..bases.quiet import quiet
 from ..bases.skeleton import skeleton_of
-from ..bases.views import HEAD_NAMES, View
+from ..bases.views import View
 from ..formats.specs import LoraSpec
 from ..merging.checkpoint import Checkpoint
-
-_NOT_QUANTISED = (*HEAD_NAMES, "lm_head", "embed_out")
+from ..merging.places import quantised_weights
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ class Expected:
         self._parts: dict[str, list[_Part]] = {}
         self._biases: dict[str, list[tuple[LoraSite, float]]] = {}
         self._heads: dict[str, torch.Tensor] = {}
-        self._rounded: set[str] = set()
         self._turned: set[str] = set()
         self._prefix = ""
         config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
+        own = skeleton_of(config, None)
+        self._look(own)
+        self._rounded = set() if quantization == "none" else set(quantised_weights(own, checkpoint))
         for adapter, weight in members:
             self._add(skeleton_of(config, adapter.spec.task_type), adapter, weight)
-        if not members:
-            self._look(skeleton_of(config, None))
         self._names = {self._bare(name): name for name in checkpoint.tensors}
 
     @property
@@ -82,7 +81,7 @@ class Expected:
         tensor = self._checkpoint.read(self._names[bare])
         if not tensor.is_floating_point():
             return tensor
-        return quantized_round_trip(tensor.float(), self._quantization if bare in self._rounded else "none")
+        return self._as_computed(self._names[bare], tensor.float())
 
     def change(self, name: str, base: torch.Tensor) -> torch.Tensor | None:
         """What the adapters add to it; None where they leave it."""
@@ -123,9 +122,8 @@ class Expected:
         tensors = {self._bare(name): name for name in self._checkpoint.tensors}
 
         def frozen(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-            bare = self._bare(f"{names[module]}.weight")
-            rounding = self._quantization if bare in self._rounded else "none"
-            return quantized_round_trip(self._checkpoint.read(tensors[bare]).to(dtype), rounding)
+            name = tensors[self._bare(f"{names[module]}.weight")]
+            return self._as_computed(name, self._checkpoint.read(name).to(dtype))
 
         adapter = self._without_embeddings(adapter, weight)
         if not adapter.tensors:
@@ -154,12 +152,15 @@ class Expected:
         return replace(adapter, tensors={k: t for k, t in adapter.tensors.items() if k not in parts})
 
     def _look(self, view: View) -> None:
-        """Learn the prefix of the base's names, and which weights a quantised base quantises."""
+        """Learn the prefix of the base's names, and which weights are stored [in, out]."""
         prefix = str(getattr(view.model, "base_model_prefix", "") or "")
         self._prefix = f"{prefix}." if prefix else ""
-        linear = [n for n, m in view.modules.items() if isinstance(m, nn.Linear)]
-        self._rounded |= {self._bare(f"{n}.weight") for n in linear if n.split(".")[-1] not in _NOT_QUANTISED}
         self._turned |= {self._bare(f"{n}.weight") for n, m in view.modules.items() if is_conv1d(m)}
+
+    def _as_computed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the checkpoint after what the base's quantisation did to it."""
+        rounding = self._quantization if name in self._rounded else "none"
+        return quantized_round_trip(tensor, rounding, self._bare(name) in self._turned)
 
     def _bare(self, name: str) -> str:
         return name.removeprefix(self._prefix)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -19,6 +19,7 @@ from ..bases.quantization import make_exact_on_cpu
 from ..bases.quiet import quiet
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..events import Listener, Progress, ignore
+from ..merging.gguf_names import Layout
 from ..names import Ref
 from ..runtime.prompting import class_ids, class_limit
 from ..runtime.runtime import Runtime
@@ -45,12 +46,14 @@ class Merged:
         kind: "float", "nf4", "int8", "f16" or "q8_0".
         task_type: PEFT's, of the adapters; says which class has the head.
         residual: the adapter of what 4 bits lost, or None.
+        config: the model's configuration; a GGUF file has no config.json beside it.
     """
 
     folder: Path
     kind: str
     task_type: str | None
     residual: Adapter | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plain_model(merged: Merged, base: Base) -> Any:
@@ -58,7 +61,7 @@ def plain_model(merged: Merged, base: Base) -> Any:
     loader = model_class(merged.task_type, base.kind)
     more: dict[str, Any] = {}
     if merged.kind in ("f16", "q8_0"):
-        more = {"gguf_file": GGUF}
+        more = {"gguf_file": GGUF, "config": Layout.of(merged.config).read_config}
     elif merged.kind == "float":
         more = {"use_safetensors": True}
     else:

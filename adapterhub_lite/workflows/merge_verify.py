@@ -91,7 +91,7 @@ class Verifier:
             informed: 4-bit codes were chosen by what the layers read.
         """
         self._notes = []
-        merged = Merged(folder, request.kind, self.task_type, residual)
+        merged = Merged(folder, request.kind, self.task_type, residual, floats.config)
         stored, wanted = self._stored(merged, floats, expected)
         most = request.thresholds.max_layer_error
         layers = layer_errors(stored, expected, wanted, most, informed, self.on_event)

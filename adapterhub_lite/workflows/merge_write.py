@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ from ..bases.quiet import quiet
 from ..errors import AdapterHubError
 from ..events import Listener, Note, ignore
 from ..merging.checkpoint import Checkpoint
-from ..merging.gguf_model import write_gguf
-from ..merging.gguf_names import Layout
+from ..merging.gguf_model import check_gguf, write_gguf
 from ..merging.inputs import Inputs
-from ..merging.journal import claimed, remove_others
-from ..merging.merge import check_out, staged_merge
+from ..merging.journal import Work
+from ..merging.merge import plan_digest, staged_folder, staged_merge
 from ..merging.merged import KEY, merged_before
 from ..merging.plan import MergePlan, plan_merge
 from ..merging.quantised import QuantisedPlan, quantised_plan, residual_adapter
@@ -28,7 +27,7 @@ from ..merging.report_html import to_html
 from ..merging.residual import Factors, write_residual
 from ..names import Ref
 from ..store import Store
-from ..store.fs import MUTABLE, FileSystem, ensure_folder, storing, write_file
+from ..store.fs import MUTABLE, FileSystem, storing, write_file
 from ..store.reports import keep_report
 from .merge_base import REPORT
 from .merge_card import merged_card
@@ -59,7 +58,7 @@ class Maker:
         """Raise what makes the merge impossible, whatever the values are."""
         floats = self.floats("original")
         if self.request.gguf:
-            Layout.of(floats.config)
+            check_gguf(floats, self.base.source.folder, self.request.kind)
         elif self.request.kind != "float":
             with quiet():
                 quantised_plan(floats, self.request.kind)
@@ -110,7 +109,14 @@ def staged(
         StoreError, StoreFull: it could not be written.
     """
     if request.gguf:
-        with _staged_gguf(plan, base, out, request.kind, on_event) as folder:
+        kind, name, source = request.kind, out.name, base.source.folder
+
+        def write(work: Work) -> None:
+            write_gguf(plan, source, work.checkpoint / GGUF, kind, FileSystem(), on_event, name=name)
+
+        # One file is written: there is nothing that another attempt could go on from.
+        identity = plan_digest(plan.varied(f"gguf {kind}"))
+        with staged_folder(identity, out, plan.nbytes, write, on_event=on_event) as folder:
             yield folder, None
         return
     with staged_merge(plan, base.source.folder, out, on_event=on_event) as folder:
@@ -120,30 +126,6 @@ def staged(
                 residual = residual_adapter(plan)
             write_residual(residual, folder)
         yield folder, residual
-
-
-@contextmanager
-def _staged_gguf(plan: MergePlan, base: Base, out: Path, kind: str, on_event: Listener) -> Iterator[Path]:
-    """As `staged_merge`; one file is written, so there is nothing that another attempt could go on from."""
-    fs, out = FileSystem(), out.expanduser().absolute()
-    check_out(out)
-    ensure_folder(fs, out.parent, next(parent for parent in out.parents if parent.is_dir()))
-    with ExitStack() as stack:
-        with storing(f"merge into {out}", out.parent):
-            work = stack.enter_context(claimed(fs, out, plan.varied(f"gguf {kind}").identity))
-        try:
-            with storing(f"merge into {out}", out.parent, plan.nbytes):
-                check_out(out)
-                write_gguf(plan, base.source.folder, work.checkpoint / GGUF, kind, fs, on_event, name=out.name)
-            yield work.checkpoint
-            with storing(f"publish {out}", out.parent):
-                work.publish()
-        except BaseException:
-            work.remove()
-            raise
-        fs.fsync_dir(out.parent)
-        work.remove()
-        remove_others(fs, out, work.folder, on_event)
 
 
 def report_files(report: MergeReport) -> dict[str, bytes]:
