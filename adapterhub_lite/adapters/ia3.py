@@ -83,4 +83,6 @@ def _fit_site(spec: Ia3Spec, name: str, vector: torch.Tensor, module: nn.Module)
         return LoraSite(*nothing, scale=factors)
     own = getattr(module, "bias", None)
     gain = factors - 1
+    if own is not None and own.is_meta:  # a base without its weights: that there is a bias is all that is known
+        return LoraSite(*nothing, gain, gain.to("meta"))
     return LoraSite(*nothing, gain, None if own is None else gain * own.detach().float().cpu())

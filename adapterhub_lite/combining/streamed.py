@@ -1,8 +1,10 @@
 """Matrices that are known by blocks of rows alone: their best approximations of low rank, and their largest values.
 
 What a rule makes of single values is of no low rank. Such a matrix is not held unless it is small: each pass forms its
-rows anew, block by block, and throws them away. A block Krylov space of A^T A (Musco and Musco, arXiv 1504.05477) is grown by one pass
-at a time, with all of it kept orthogonal, until what it captures no longer grows; a last pass measures the error.
+rows anew, block by block, and throws them away. A block Krylov space of A^T A (Musco and Musco, arXiv 1504.05477) is
+grown by one pass at a time, with all of it kept orthogonal, until what it captures no longer grows; a last pass
+measures the error. Where a rank leaves more than a tenth of the matrix, the space is grown in float32, and what it
+captures is the same to the error that is promised; the last pass is in float64 always.
 """
 
 from __future__ import annotations
@@ -106,9 +108,7 @@ def _narrowed(matrix: Streamed) -> tuple[Streamed, float]:
 class _Krylov:
     """The space that is grown: `basis` [in, k], and `images` = A^T A basis."""
 
-    def __init__(
-        self, matrix: Streamed, limit: int, error: float | None, dtype: torch.dtype = torch.float64
-    ) -> None:
+    def __init__(self, matrix: Streamed, limit: int, error: float | None, dtype: torch.dtype = torch.float64) -> None:
         self.matrix, self.limit, self.error = matrix, limit, error
         n_in = matrix.shape[1]
         self.wanted = limit if error is None else min(limit, 16)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..errors import AdapterHubError, StoreError
+from ..errors import BaseUnavailable, StoreError
 from ..events import Listener, Note, Progress, ignore
 from ..store.fs import MUTABLE, FileSystem, ensure_folder, storing, write_file
 from .checkpoint import index_json
@@ -44,8 +44,9 @@ def staged_merge(
 ) -> Iterator[Path]:
     """Write the merged checkpoint beside `out` and yield that folder; leaving the block well moves it to `out`.
 
-    An exception in the block, or a crash, leaves no folder called `out`. If the merge itself is refused (an
-    AdapterHubError that is no StoreError) nothing is left; else shards that are done are kept for the same merge.
+    An exception in the block, or a crash, leaves no folder called `out`. If the merge itself is refused or fails for
+    a reason that would come again, nothing is left; after a kill, an interrupt or an error of the disk, shards that
+    are done are kept for the same merge.
 
     Raises:
         StoreError: `out` is a link, or exists and is not an empty folder; another process merges into it; StoreFull: no
@@ -117,8 +118,9 @@ def write_report(folder: Path, report: dict[str, object], fs: FileSystem | None 
 
 def _leave(work: Work, error: BaseException) -> None:
     """Keep what another attempt can go on from, remove the rest."""
-    refused = isinstance(error, AdapterHubError) and not isinstance(error, StoreError)
-    if refused or not work.shards:
+    # What is no failure of the machine (a disk, memory, a stop) would come again: nothing could go on from it.
+    lasting = isinstance(error, Exception) and not isinstance(error, OSError | MemoryError)
+    if lasting or isinstance(error, BaseUnavailable) or not work.shards:
         work.remove()
     elif isinstance(error, StoreError):
         kept = f"{len(work.shards)} of the files are done and kept in {work.folder}: the same merge goes on from there."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bases.quantization import linear_layers
@@ -62,9 +63,13 @@ def quantised_weights(view: View, checkpoint: Checkpoint) -> dict[str, bool]:
 
 
 class Tie:
-    """The output layer and the embeddings of a model, where both are one tensor of the checkpoint."""
+    """The output layer and the embeddings of a model, where both are one tensor of the checkpoint.
 
-    def __init__(self, view: View, config: dict[str, Any]) -> None:
+    transformers goes by the tensors: a checkpoint that stores two different ones has no tie, whatever its configuration
+    says (`apart`).
+    """
+
+    def __init__(self, view: View, config: dict[str, Any], checkpoint: Checkpoint) -> None:
         self._config = config
         model: Any = view.model
         found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -72,6 +77,9 @@ class Tie:
         tied = bool(getattr(view.model.config, "tie_word_embeddings", False))
         self.output = names.get(id(found), "") if isinstance(found, nn.Linear) and tied else ""
         self.input = names.get(id(model.get_input_embeddings()), "") if self.output else ""
+        self.apart = bool(self.input) and _differ(view, checkpoint, f"{self.input}.weight", f"{self.output}.weight")
+        if self.apart:
+            self.output = self.input = ""
 
     def broken_by(self, adapted: set[str]) -> bool:
         """Whether adapters that change these modules need the two to be tensors of their own.
@@ -88,3 +96,12 @@ class Tie:
                 "Serve the adapter with its base, or train it on other layers.",
             )
         return True
+
+
+def _differ(view: View, checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether a checkpoint stores both tensors, and not the same values."""
+    places = Places(view, checkpoint)
+    if not places.there(one) or not places.there(other):
+        return False
+    first, second = checkpoint.read(places.tensor(one)), checkpoint.read(places.tensor(other))
+    return first.dtype != second.dtype or not torch.equal(first, second)

@@ -1,8 +1,8 @@
 """Plan a merge: which checkpoint tensors change and how, without loading a model.
 
 W' = W + the sum of w_i dW_i over the adapters, computed in float32 and rounded once; dW is what an adapter alone does
-to the frozen weight (`dense`). An adapter that was trained on a quantised base (int8, nf4, nf4-double) can be baked into
-what that base really computed with (`dequantised`: every weight that bitsandbytes quantised goes through the
+to the frozen weight (`dense`). An adapter that was trained on a quantised base (int8, nf4, nf4-double) can be baked
+into what that base really computed with (`dequantised`: every weight that bitsandbytes quantised goes through the
 quantisation and back) or into the checkpoint's own weights (`original`).
 """
 
@@ -138,6 +138,7 @@ class _Draft:
         self._biases: dict[str, list[BiasTerm]] = {}
         self._head: tuple[str, View, dict[str, torch.Tensor]] | None = None
         self._untied: dict[str, tuple[str, Edit]] = {}  # a tensor that gets a place of its own -> (source, edit)
+        self._apart = False  # the configuration says tied, and the checkpoint holds two tensors
         self._adapted: set[str] = set()
         self.notes: list[str] = []
 
@@ -167,7 +168,8 @@ class _Draft:
         self._place(adapter, edits, view)
 
     def _place(self, adapter: Adapter, edits: Edits, view: View) -> None:
-        places, tie = Places(view, self._checkpoint), Tie(view, self._config)
+        places, tie = Places(view, self._checkpoint), Tie(view, self._config, self._checkpoint)
+        self._apart |= tie.apart
         self._adapted |= set(edits.weights)
         broken = tie.broken_by(set(edits.weights))
         if broken:
@@ -234,7 +236,7 @@ class _Draft:
     def config(self, labels: list[str] | None, dtype: str) -> dict[str, Any]:
         """The merged model's configuration."""
         config = dict(self._config)
-        if self._untied:
+        if self._untied or self._apart:
             config["tie_word_embeddings"] = False
         if self._head is not None:
             config = _with_labels(config, self._head[1], self._head[2], labels)

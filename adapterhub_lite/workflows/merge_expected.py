@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from ..bases.skeleton import skeleton_of
 from ..bases.views import View
 from ..formats.specs import LoraSpec
 from ..merging.checkpoint import Checkpoint
-from ..merging.places import quantised_weights
+from ..merging.places import Tie, quantised_weights
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,21 @@ class Expected:
         self._heads: dict[str, torch.Tensor] = {}
         self._turned: set[str] = set()
         self._prefix = ""
+        self._untied: dict[str, str] = {}  # an output layer that gets a place of its own -> what it begins as
         config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
         own = skeleton_of(config, None)
         self._look(own)
         self._rounded = set() if quantization == "none" else set(quantised_weights(own, checkpoint))
         for adapter, weight in members:
-            self._add(skeleton_of(config, adapter.spec.task_type), adapter, weight)
+            self._add(skeleton_of(config, adapter.spec.task_type), config, adapter, weight)
         self._names = {self._bare(name): name for name in checkpoint.tensors}
+        self._names |= {self._bare(name): self._names[self._bare(source)] for name, source in self._untied.items()}
 
     @property
     def names(self) -> Sequence[str]:
-        """Tensors of the base, and of heads that adapters bring."""
-        return [*self._checkpoint.tensors, *self._heads]
+        """Tensors of the base, an output layer that is no longer tied, and heads that adapters bring."""
+        own = self._checkpoint.tensors
+        return [*own, *(name for name in self._untied if name not in own), *self._heads]
 
     def knows(self, name: str) -> bool:
         """Whether the merged model has a tensor of this name."""
@@ -116,16 +120,22 @@ class Expected:
         """Weights that the checkpoint stores [in, out]."""
         return {name for name in self.names if self._bare(name) in self._turned}
 
-    def _add(self, view: View, adapter: Adapter, weight: float) -> None:
+    def _add(self, view: View, config: dict[str, Any], adapter: Adapter, weight: float) -> None:
         self._look(view)
         names = {module: name for name, module in view.modules.items()}
         tensors = {self._bare(name): name for name in self._checkpoint.tensors}
+        tie = Tie(view, config, self._checkpoint)
+        output, source = f"{tie.output}.weight", f"{tie.input}.weight"
+        if tie.input and self._bare(source) in tensors:
+            tensors[self._bare(output)] = tensors[self._bare(source)]
 
         def frozen(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
             name = tensors[self._bare(f"{names[module]}.weight")]
             return self._as_computed(name, self._checkpoint.read(name).to(dtype))
 
-        adapter = self._without_embeddings(adapter, weight)
+        adapter, adapted = self._without_embeddings(adapter, weight)
+        if tie.broken_by(adapted):
+            self._untied[output] = source
         if not adapter.tensors:
             return
         with quiet():
@@ -136,20 +146,24 @@ class Expected:
             self._parts.setdefault(self._bare(f"{name}.weight"), []).append(part)
             if site.bias is not None:
                 self._biases.setdefault(self._bare(f"{name}.bias"), []).append((site, weight))
+        if tie.broken_by({names[module] for module in fitted.sites}):
+            self._untied[output] = source
         if fitted.head is not None:
             self._heads |= {f"{view.head_name}.{name}": t for name, t in fitted.head.state_dict().items()}
 
-    def _without_embeddings(self, adapter: Adapter, weight: float) -> Adapter:
-        """Take what an adapter adds to embeddings, which no runtime serves: the rest of it is left."""
+    def _without_embeddings(self, adapter: Adapter, weight: float) -> tuple[Adapter, set[str]]:
+        """Take what an adapter adds to embeddings, which no runtime serves: the rest of it is left, and their names."""
+        found = set()
         parts = {key: t for key, t in adapter.tensors.items() if ".lora_embedding_" in key}
         for key, down in parts.items():
             if key.endswith("_A"):
                 name, up = key.removeprefix(PREFIX).removesuffix(".lora_embedding_A"), parts[f"{key[:-1]}B"]
                 assert isinstance(adapter.spec, LoraSpec)
                 factor = adapter.spec.scaling(name, down.shape[0])
+                found.add(name)
                 part = _Part(LoraSite(down.float(), up.float() * factor), weight, True)
                 self._parts.setdefault(self._bare(f"{name}.weight"), []).append(part)
-        return replace(adapter, tensors={k: t for k, t in adapter.tensors.items() if k not in parts})
+        return replace(adapter, tensors={k: t for k, t in adapter.tensors.items() if k not in parts}), found
 
     def _look(self, view: View) -> None:
         """Learn the prefix of the base's names, and which weights are stored [in, out]."""
