@@ -23,7 +23,7 @@ from .fetch import BaseSource, locate
 from .fingerprint import Fingerprint, fingerprint, live_digest
 from .heads import HEAD_NAMES
 from .memory import MemoryReport, keep_working_copies, measure
-from .quantization import make_exact_on_cpu, quantization_config
+from .quantization import NOT_QUANTISED, make_exact_on_cpu, quantization_config
 from .quiet import quiet
 from .siblings import sibling_groups
 from .views import VIEWS, View, kind_of, make_view
@@ -209,8 +209,7 @@ def _load(folder: Path, kind: str, quantize: str, choices: dict[str, Choice]) ->
         "encoder": AutoModelForSequenceClassification,
     }
     dtype = DTYPES[choices["dtype"].value]
-    skip = [*HEAD_NAMES, "lm_head", "embed_out"]
-    quantized = quantization_config(quantize, dtype, skip)
+    quantized = quantization_config(quantize, dtype, list(NOT_QUANTISED))
     try:
         model, info = classes[kind].from_pretrained(
             folder,

@@ -136,7 +136,9 @@ class Expected:
         adapter, adapted = self._without_embeddings(adapter, weight)
         if tie.broken_by(adapted):
             self._untied[output] = source
-        if not adapter.tensors:
+        if adapted and not any(".lora_" in key for key in adapter.tensors):
+            start = f"{PREFIX}{view.head_name}."  # what is left is a head, or nothing
+            self._heads |= {key.removeprefix(PREFIX): t for key, t in adapter.tensors.items() if key.startswith(start)}
             return
         with quiet():
             fitted = fit(adapter, Target(view.modules, view.model.config, view.head, view.head_name, frozen))

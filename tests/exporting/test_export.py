@@ -290,3 +290,18 @@ def test_of_the_base_a_configuration_is_enough(stored, tmp_path, base):
     assert ahl.export("mine", tmp_path / "more", reader="peft", store=dora, base=str(tmp_path / "config")).path
     with pytest.raises(NotFound):
         ahl.export("mine", tmp_path / "none", reader="vllm", store=store, base="no-such-base")
+
+
+def test_weights_of_conv1d_layers_are_quantised_and_output_layers_are_not(tiny_folder):
+    from adapterhub_lite.bases.load import load_base
+    from adapterhub_lite.bases.quantization import dense_weight
+
+    folder = tiny_folder("gpt2")
+    base = load_base(str(folder), "int8", device="cpu")
+    weights = Weights(folder, json.loads((folder / "config.json").read_text()), "CAUSAL_LM", "int8")
+    layer = base.view().modules["transformer.h.0.mlp.c_fc"]
+    found = weights.weight("transformer.h.0.mlp.c_fc")
+    held = dense_weight(layer, found.dtype)
+    assert torch.equal(found, held if held.shape == found.shape else held.T)
+    plain = load_file(folder / "model.safetensors")["transformer.h.0.mlp.c_fc.weight"].T
+    assert not torch.equal(found, plain)
