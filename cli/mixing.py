@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ..workflows.combine_publish import Made
 
 AdaptersArgument = Annotated[
-    list[str], typer.Argument(metavar="REF", help="name, name@3 or name:alias; REF=0.7 gives a weight.")
+    list[str],
+    typer.Argument(metavar="REF", help="name, name@3 or name:alias; REF=0.7 gives a weight (others then: 1)."),
 ]
 WeightsOption = Annotated[
     str | None, typer.Option("--weights", metavar="A,B", help="One for each, in their order; negative ones subtract.")
@@ -57,19 +58,18 @@ def read_size(rank: int | None, error: str | None) -> float | None:
 
 
 def read_members(refs: Sequence[str], weights: str | None) -> tuple[list[str], list[float] | None]:
-    """References and their weights, from `sql@1=0.7` or from `--weights`; None where there are none.
+    """References and their weights, from `sql@1=0.7` (1 where others have one) or from `--weights`; None without any.
 
     Raises:
-        UsageProblem: weights for some only, in both ways, too few, too many, or no numbers.
+        UsageProblem: weights in both ways, too few, too many, or no numbers.
     """
     parts = [ref.partition("=") for ref in refs]
     names, own = [name for name, _, _ in parts], [value for _, mark, value in parts if mark]
     if own and weights is not None:
         raise UsageProblem("Weights are given both as REF=WEIGHT and with --weights.", "Give them in one way.")
-    if own and len(own) < len(names):
-        lacking = next(name for name, mark, _ in parts if not mark)
-        raise UsageProblem(f"{lacking} has no weight, and others have one.", "Give each a weight, or none.")
-    told = own if own else weights.split(",") if weights is not None else None
+    if own:
+        return names, [_number(name, value) if mark else 1.0 for name, mark, value in parts]
+    told = weights.split(",") if weights is not None else None
     if told is None:
         return names, None
     if len(told) != len(names):

@@ -66,7 +66,7 @@ class LoraSite:
         signs = torch.where(torch.arange(self.down.shape[1]) % 3 == 0, -1.0, 1.0).to(self.down)
         parts = [
             (self.unscaled * (self.down * signs).sum(1)).sum(1) * self.factor,
-            *(t for t in (self.gain, self.bias) if t is not None),
+            *(t for t in (self.gain, self.bias) if t is not None and not t.is_meta),
         ]
         parts += [] if self.scale is None else [self.scale - 1]
         return max(float(p.abs().max()) for p in parts)

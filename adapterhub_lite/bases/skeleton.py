@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..errors import BaseUnavailable
 from .load import checked_config
 from .quiet import quiet
 from .views import VIEWS, View, kind_of, make_view
@@ -22,7 +23,11 @@ def skeleton(folder: Path, task_type: str | None) -> View:
 
 
 def skeleton_of(config: dict[str, Any], task_type: str | None) -> View:
-    """The same from the content of a config.json."""
+    """The same from the content of a config.json.
+
+    Raises:
+        BaseUnavailable, Unsupported: it is not one of a base.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     kind = kind_of(config)
@@ -33,5 +38,17 @@ def skeleton_of(config: dict[str, Any], task_type: str | None) -> View:
     }
     plain = {key: value for key, value in config.items() if key != "model_type"}
     with quiet(), torch.device("meta"):
-        model = classes[kind].from_config(AutoConfig.for_model(config["model_type"], **plain), trust_remote_code=False)
+        try:
+            settings = AutoConfig.for_model(config["model_type"], **plain)
+            model = classes[kind].from_config(settings, trust_remote_code=False)
+        except Exception as error:  # each class of transformers checks its configuration in its own way, or not at all
+            raise BaseUnavailable(
+                f"The configuration of this {config['model_type']} makes no model: {_first_line(error)}",
+                "Is config.json whole, and does this version of transformers know the model?",
+            ) from error
         return make_view(model, kind, task_type if task_type in VIEWS else "default")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[:2])[:300]

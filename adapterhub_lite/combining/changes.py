@@ -3,7 +3,7 @@
     LoRA, rsLoRA     s B A                                exact; lora_bias, times s, beside it
     AdaLoRA          s B diag(E) A                        exact
     LoHa, LoKr       products of their small matrices     exact, or brought to a wished rank
-    DoRA             (g - 1) W + g s B A                  of full rank: needs W, is brought to low rank, the error said
+    DoRA             (g - 1) W + g s B A                  of full rank: needs W; kept so, or brought to low rank
     IA3              (l - 1) W, or W (l - 1)              as DoRA; on outputs also (l - 1) b for a layer with a bias b
 Names are PEFT's, [out, in] the layer's own orientation whatever way its weight is stored (Conv1D). An embedding
 (`lora_embedding_A`, `_B`) is a matrix [width, tokens], and written as one again.
@@ -26,12 +26,14 @@ from ..adapters.lora import PREFIX, split_tensors
 from ..errors import AdapterMismatch, Unsupported
 from ..formats.peft_config import MAX_RANK
 from ..formats.specs import FactoredSpec, Ia3Spec, InjectedSpec, LoraSpec, PrefixSpec, PromptSpec, Spec
+from .full_rank import FullRank, dora_rows, scaled_rows
 from .low_rank import LowRank
 from .streamed import Rows, Streamed, brought_to_rank
 
 _EMBEDDING = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<part>[AB])")
 _WHOLE = re.compile(r"(?!.*(?:lora_|hada_|lokr_|ia3_|trainable_tokens)).+\.(?:weight|bias)")
 _IA3_RANK = 64
+_DORA, _IA3 = "a DoRA adapter", "an IA3 adapter"
 
 WeightOf = Callable[[str], torch.Tensor]
 """Module name -> its frozen weight [out, in], dense."""
@@ -44,16 +46,27 @@ class Change:
     """What is added to one layer, with every scale folded in and nothing rounded.
 
     Attributes:
-        matrix: added to the weight, [out, in]; for an embedding [width, tokens].
+        matrix: added to the weight, [out, in]; for an embedding [width, tokens]. Zero beside `full`.
         bias: added to the output, [out], or None.
         error: of bringing the matrix to low rank, relative to its norm; 0 where nothing was lost.
         embedding: whether the layer is an embedding.
+        full: what is added to the weight instead, where it is of full rank and was not brought to a low one.
     """
 
     matrix: LowRank
     bias: torch.Tensor | None = None
     error: float = 0.0
     embedding: bool = False
+    full: FullRank | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the matrix, or the usual one of what is of full rank."""
+        return self.matrix.rank if self.full is None else min(self.full.usual, *self.full.shape)
+
+    def streamed(self) -> Streamed:
+        """What is added to the weight, by rows; of full rank, the frozen weight is in memory as long as this is."""
+        return Streamed(self.matrix.shape, self.matrix.rows if self.full is None else self.full.read())
 
 
 @dataclass(frozen=True)
@@ -84,17 +97,27 @@ class _Wish:
     bias_of: BiasOf | None
     rank: int | None
     error: float | None
+    whole: bool = False
+
+    def change(self, full: FullRank, bias: torch.Tensor | None = None) -> Change:
+        if self.whole:
+            return Change(LowRank.zero(full.shape), bias, full=full)
+        matrix, error = self.brought(full.shape, full.read(), full.usual)
+        return Change(matrix, bias, error)
 
     def brought(self, shape: tuple[int, int], rows: Rows, usual: int) -> tuple[LowRank, float]:
         rank = min(usual, MAX_RANK) if self.rank is None and self.error is None else self.rank
         found = brought_to_rank(Streamed(shape, rows), rank, self.error, MAX_RANK)
         return found.matrix, found.error
 
-    def weight(self, module: str, what: str) -> torch.Tensor:
+    def check(self, what: str) -> WeightOf:
         if self.weight_of is None:
             message = f"{self.name} is {what}, whose change of a layer depends on the layer's own weight."
             raise Unsupported(message, "Name its base with --base.")
-        return self.weight_of(module).detach()
+        return self.weight_of
+
+    def weight(self, module: str, what: str) -> torch.Tensor:
+        return self.check(what)(module).detach()
 
 
 def changes_of(
@@ -104,6 +127,7 @@ def changes_of(
     rank: int | None = None,
     error: float | None = None,
     bias_of: BiasOf | None = None,
+    whole: bool = False,
 ) -> Changes:
     """Bring an adapter into thin factors.
 
@@ -112,6 +136,8 @@ def changes_of(
         rank, error: of what has no low rank of its own: at most this rank, or the least rank within this relative
             error. With neither, DoRA gets four times its own rank and IA3 64; LoHa and LoKr are kept exactly.
         bias_of: only asked for IA3 on outputs.
+        whole: DoRA and IA3 stay as they are, of full rank (`Change.full`), and `weight_of` is asked again when their
+            rows are.
 
     Raises:
         Unsupported: DoRA or IA3 without a base; what is no sum with weights (prefix, prompt, methods that PEFT runs);
@@ -120,7 +146,7 @@ def changes_of(
     """
     if not adapter.finite:
         check_finite(adapter.tensors, adapter.name, adapter.spec)
-    wish, spec = _Wish(adapter.name, weight_of, bias_of, rank, error), adapter.spec
+    wish, spec = _Wish(adapter.name, weight_of, bias_of, rank, error, whole), adapter.spec
     if isinstance(spec, LoraSpec):
         modules, others = _lora(adapter, spec, wish)
     elif isinstance(spec, FactoredSpec):
@@ -198,22 +224,15 @@ def _lora_change(spec: LoraSpec, module: str, part: Mapping[str, torch.Tensor], 
         return Change(matrix, None if bias is None else bias.double() * spec.scaling(module, matrix.rank))
     if bias is not None:
         raise Unsupported(f"{module}: DoRA with lora_bias has no defined meaning.", "Train it without lora_bias.")
-    weight = _fitting(wish, module, wish.weight(module, "a DoRA adapter"), matrix.shape)
     magnitude = part["magnitude"].double().flatten()
     if magnitude.numel() != matrix.shape[0]:
         raise AdapterMismatch(f"{wish.name}: {module} has a magnitude of {magnitude.numel()}.", "Import it again.")
+    wish.check(_DORA)
 
-    def rows(start: int, stop: int) -> torch.Tensor:
-        frozen, added = weight[start:stop].double(), matrix.rows(start, stop)
-        norms: torch.Tensor = torch.linalg.vector_norm(frozen + added, dim=1, keepdim=True)
-        gain = magnitude[start:stop, None] / norms
-        return (gain - 1) * frozen + gain * added
+    def read() -> Rows:
+        return dora_rows(_fitting(wish, module, wish.weight(module, _DORA), matrix.shape), matrix, magnitude)
 
-    return Change(*_swapped(wish.brought(matrix.shape, rows, 4 * matrix.rank)))
-
-
-def _swapped(brought: tuple[LowRank, float]) -> tuple[LowRank, None, float]:
-    return brought[0], None, brought[1]
+    return wish.change(FullRank(matrix.shape, 4 * matrix.rank, read))
 
 
 def _fitting(wish: _Wish, module: str, weight: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -256,7 +275,8 @@ def _of_rank(spec: FactoredSpec, module: str, part: Mapping[str, torch.Tensor], 
             left, right = small[found // large], two.rows(0, large)[found % large]
             return scale * (left[:, :, None] * right[:, None, :]).flatten(1)
 
-    return Change(*_swapped(wish.brought(shape, rows, min(shape))))
+    matrix, error = wish.brought(shape, rows, min(shape))
+    return Change(matrix, None, error)
 
 
 def _half(tensors: Mapping[str, torch.Tensor], stem: str) -> LowRank:
@@ -275,22 +295,26 @@ def _ia3(adapter: Adapter, spec: Ia3Spec, wish: _Wish) -> tuple[dict[str, Change
 def _ia3_change(spec: Ia3Spec, module: str, vector: torch.Tensor, wish: _Wish) -> Change:
     if vector.dim() != 2:
         raise Unsupported(f"{wish.name}: {module} is a convolution.", "Train the adapter on linear layers alone.")
-    weight = wish.weight(module, "an IA3 adapter")
-    n_out, n_in = weight.shape
+    n_out, n_in = shape = _two(wish.weight(module, _IA3))
     gain = vector.double().flatten() - 1
     inputs = tuple(vector.shape) == (1, n_in) and spec.scales_input(module) is not False
     if not inputs and tuple(vector.shape) != (n_out, 1):
         found = f"{module} has ia3_l {list(vector.shape)}, this base's layer is {[n_out, n_in]}"
         raise AdapterMismatch(f"{wish.name}: {found}.", "It was made for another model.")
 
-    def rows(start: int, stop: int) -> torch.Tensor:
-        return weight[start:stop].double() * (gain if inputs else gain[start:stop, None])
+    def read() -> Rows:
+        return scaled_rows(wish.weight(module, _IA3), gain if inputs else gain[:, None])
 
-    matrix, error = wish.brought((n_out, n_in), rows, _IA3_RANK)
+    full = FullRank(shape, _IA3_RANK, read)
     if inputs:
-        return Change(matrix, None, error)
+        return wish.change(full)
     if wish.bias_of is None:
         message = f"{wish.name} (IA3) scales the outputs of {module}, and nothing says whether the layer has a bias."
         raise Unsupported(message, "Name its base with --base.")
     own = wish.bias_of(module)
-    return Change(matrix, None if own is None else gain * own.detach().double(), error)
+    return wish.change(full, None if own is None else gain * own.detach().double())
+
+
+def _two(weight: torch.Tensor) -> tuple[int, int]:
+    n_out, n_in = weight.shape
+    return n_out, n_in

@@ -1,6 +1,6 @@
 """Several adapters of one base as one LoRA adapter, by a rule, with the error of each layer said.
 
-Rules that sum work on thin factors: those of all members side by side, times weights, and the SVD of their small core.
+Rules that sum work on thin factors, or on rows where a member is of full rank (`sums`).
 Rules on values (TIES, DARE, pruning) mean the true changes up @ down, whose rows are formed in blocks that are thrown
 away; their results are of no low rank, so they are brought to one.
 """
@@ -8,7 +8,7 @@ away; their results are of no low rank, so they are brought to one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,16 +20,17 @@ from ..errors import NoEffect, Unsupported
 from ..events import Listener, Note, Progress, ignore
 from ..formats.peft_config import MAX_RANK
 from .changes import Changes
-from .low_rank import LowRank, svds
 from .members import Part, Party, party_of
 from .rules import RULES
 from .rules.dare import dropped, stream
 from .rules.prune import trimmed
 from .rules.rule import Majority, Rule, added
 from .streamed import Streamed, brought_to_rank, largest
+from .sums import Result, stored, summed, summed_whole
 from .written import Written, lora_adapter, target_names
 
-_TOGETHER = 1 << 23  # values of factors that are decomposed at once
+_LOSSY = 1e-3  # relative error of storing that a person should know of
+_BEYOND = 1e-12  # of an error: what its measuring may add
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the result: its rank, and the relative error (Frobenius) to the rule's exact result."""
+    """One layer of the result: its rank, and the relative error (Frobenius) of what is stored to the rule's exact result."""
 
     module: str
     rank: int
@@ -118,15 +119,6 @@ class Combined:
         return [*found, *self.notes]
 
 
-@dataclass(frozen=True)
-class _Result:
-    """What a rule makes of one layer: the matrix, its relative error and the norm of the exact one."""
-
-    matrix: LowRank
-    error: float = 0.0
-    norm: float = 0.0
-
-
 def combine(
     members: Sequence[tuple[Changes, float]],
     method: str,
@@ -146,6 +138,7 @@ def combine(
 
     Raises:
         Unsupported: an unknown rule, options or weights it has no meaning for, heads that differ and none is chosen.
+        Unsupported: a wished error that float32 cannot keep, since the changes nearly cancel.
         AdapterMismatch: members whose layers differ in shape, or values that float32 cannot hold.
         BaseMismatch: cards that name different bases.
         NoEffect: nothing is left.
@@ -156,9 +149,12 @@ def combine(
         raise Unsupported(f"There is no rule {method!r}.", f"Use {', '.join(RULES)}.")
     options.check(rule)
     party = party_of(members, rule, head_of)
-    results: dict[str, _Result] = {}
+    results: dict[str, Result] = {}
     adding = rule.merge is None or (rule.merge is added and options.density == 1)
-    for name, result in _summed(party, rule, options) if adding else _by_value(party, rule, options, on_event):
+    for name, result in (
+        _summed(party, rule, options, on_event) if adding else _by_value(party, rule, options, on_event)
+    ):
+        _check_error(name, result, options.error)
         results[name] = result
     biases = {name: _bias(party, name, rule, options, adding) for name in party.modules}
     kept = {
@@ -167,7 +163,7 @@ def combine(
         if results[name].matrix.rank or biases[name] is not None
     }
     gone = [name for name in party.modules if name not in kept]
-    notes = [*party.notes, *_cancelled(gone, len(party.modules))]
+    notes = [*party.notes, *_cancelled(gone, len(party.modules)), *_rounded(results)]
     if not kept:
         raise NoEffect("Nothing is left: in every layer the changes come to zero.", "Give other weights.")
     for note in notes:
@@ -192,58 +188,59 @@ def _cancelled(gone: Sequence[str], total: int) -> list[str]:
     return [f"{len(gone)} of {total} layers are left out, since their changes come to zero: {named}."]
 
 
+def _rounded(results: Mapping[str, Result]) -> list[str]:
+    found = {name: result.rounding for name, result in results.items() if result.rounding > _LOSSY}
+    if not found:
+        return []
+    worst = max(found, key=lambda name: found[name])
+    return [
+        f"{len(found)} of {len(results)} layers nearly cancel, and float32 holds what is left with a relative error of "
+        f"up to {found[worst]:.3g}, at {worst}."
+    ]
+
+
+def _check_error(module: str, result: Result, wished: float | None) -> None:
+    """Ranks are chosen for the error before it is stored: what float32 adds may be beyond it."""
+    if wished is not None and result.error > wished * (1 + _BEYOND):
+        message = f"An error of {wished:.3g} cannot be kept at {module}: what is stored has {result.error:.3g}"
+        raise Unsupported(f"{message}, of which float32 makes {result.rounding:.3g}.", "Give a larger error.")
+
+
 # --- sums, in factors --------------------------------------------------------------------------------------------
 
 
-def _summed(party: Party, rule: Rule, options: Options) -> Iterator[tuple[str, _Result]]:
-    """Layers of like shape and rank together: their decompositions are too small to be made one by one."""
-    alike: dict[tuple[tuple[int, ...], ...], list[str]] = {}
-    for name, parts in party.modules.items():
-        key = parts[0].change.matrix.shape, tuple(part.change.matrix.rank for part in parts)
-        alike.setdefault(key, []).append(name)
-    for (shape, ranks), names in alike.items():
-        count = max(1, _TOGETHER // max(1, sum(shape) * sum(ranks)))
-        for start in range(0, len(names), count):
-            some = names[start : start + count]
-            if rule.keeps == "all":
-                stacks = [_side_by_side(party.modules[name]) for name in some]
-                kept_whole = (stack if _is_something(stack) else LowRank.zero(stack.shape) for stack in stacks)
-                yield from zip(some, map(_Result, kept_whole), strict=True)
-                continue
-            sums = [[(part.change.matrix, part.factor) for part in party.modules[name]] for name in some]
-            for name, found in zip(some, svds(sums), strict=True):
-                kept = found.rank_for(_rank(party.modules[name], rule, options), options.error)
-                yield name, _Result(found.cut(kept), found.error_at(kept), found.norm)
-
-
-def _side_by_side(parts: Sequence[Part]) -> LowRank:
-    first, *others = [part.change.matrix.scaled(part.factor).balanced() for part in parts]
-    return first.plus(others)
-
-
-def _is_something(stack: LowRank) -> bool:
-    """Whether a sum is more than what rounding leaves of changes that cancel."""
-    scale = float(torch.linalg.matrix_norm(stack.up) * torch.linalg.matrix_norm(stack.down))
-    return stack.inner(stack) > (1e-6 * scale) ** 2 > 1e-60 or bool(stack.singular_values().numel())
+def _summed(party: Party, rule: Rule, options: Options, on_event: Listener) -> Iterator[tuple[str, Result]]:
+    whole = {name: parts for name, parts in party.modules.items() if any(part.change.full for part in parts)}
+    thin = {name: parts for name, parts in party.modules.items() if name not in whole}
+    wished = partial(_rank, rule=rule, options=options)
+    yield from summed(thin, wished, options.error, rule.keeps == "all")
+    for done, (name, parts) in enumerate(whole.items()):
+        on_event(Progress("combining", done, len(whole), "layers"))
+        rank = wished(parts)
+        if rank is None and options.error is None:  # as many as the members would have alone
+            rank = min(sum(part.change.rank for part in parts), MAX_RANK)
+        yield name, summed_whole(name, parts, rank, options.error)
+    if whole:
+        on_event(Progress("combining", len(whole), len(whole), "layers"))
 
 
 def _rank(parts: Sequence[Part], rule: Rule, options: Options) -> int | None:
     """The largest rank that a layer may have."""
     if options.rank is not None or options.error is not None:
         return options.rank
-    return None if rule.keeps == "lossless" else max(part.change.matrix.rank for part in parts)
+    return max(part.change.rank for part in parts) if rule.keeps == "largest" else None
 
 
 # --- values, in blocks -------------------------------------------------------------------------------------------
 
 
-def _by_value(party: Party, rule: Rule, options: Options, on_event: Listener) -> Iterator[tuple[str, _Result]]:
+def _by_value(party: Party, rule: Rule, options: Options, on_event: Listener) -> Iterator[tuple[str, Result]]:
     for done, (name, parts) in enumerate(party.modules.items()):
         on_event(Progress("combining", done, len(party.modules), "layers"))
-        matrices = [Streamed(part.change.matrix.shape, part.change.matrix.rows) for part in parts]
+        matrices = [part.change.streamed() for part in parts]
         matrix = _merged(name, parts, matrices, rule, options)
         found = brought_to_rank(matrix, _rank(parts, rule, options), options.error, MAX_RANK)
-        yield name, _Result(found.matrix, found.error, found.norm)
+        yield name, stored(Result(found.matrix, found.error, found.norm))
     on_event(Progress("combining", len(party.modules), len(party.modules), "layers"))
 
 

@@ -324,4 +324,6 @@ def _advice(whole: Place, names: Sequence[str]) -> Advice:
             f"They read the same inputs (overlap {read:.2f}) and do different things with them: try method dare_ties, "
             "which thins both before it settles signs.",
         )
-    return Advice("linear", "They hardly meet: method linear adds them exactly, and each keeps what it does.")
+    return Advice(
+        "linear", "They hardly meet: method linear with weight 1 each adds them exactly, and each keeps what it does."
+    )

@@ -142,10 +142,19 @@ def _inner(one: Changes, other: Changes) -> float:
         if partner is None:
             continue
         _check_alike(one.name, other.name, name, change, partner)
-        total.append(change.matrix.inner(partner.matrix))
+        total.append(_inner_of(change, partner))
         if change.bias is not None and partner.bias is not None:
             total.append(float(change.bias @ partner.bias))
     return math.fsum(total)
+
+
+def _inner_of(one: Change, other: Change) -> float:
+    if not (one.full or other.full):
+        return one.matrix.inner(other.matrix)
+    mine = one.streamed()
+    theirs = mine if other is one else other.streamed()
+    pairs = zip(mine.blocks(), theirs.blocks(), strict=True)
+    return math.fsum(float((left * right).sum()) for (_, left), (_, right) in pairs)
 
 
 def _modules(active: Sequence[tuple[_Member, float]]) -> dict[str, list[Part]]:
@@ -188,6 +197,8 @@ def _told(active: Sequence[tuple[_Member, float]], modules: dict[str, list[Part]
         error = error_of(member.changes)
         if error:
             notes.append(f"{member.name} was brought to low rank first, with a relative error of {error:.3g}.")
+        if any(change.full for change in member.changes.modules.values()):
+            notes.append(f"{member.name} is of full rank, so of no low rank is the result exact: see its error.")
     return notes
 
 

@@ -270,6 +270,8 @@ def _add_specials(metadata: Metadata, tokenizer: Any, config: Any) -> None:
 def _add_templates(metadata: Metadata, template: Any) -> None:
     named = template if isinstance(template, dict) else {"default": template} if template else {}
     others = [name for name in named if name != "default"]
+    if not all(isinstance(text, str) for text in named.values()):
+        raise Unsupported("The tokenizer's chat_template is no text.", "Mend tokenizer_config.json of the base.")
     for name, text in named.items():
         key = Keys.Tokenizer.CHAT_TEMPLATE if name == "default" else Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name)
         metadata.text(key, text)

@@ -15,25 +15,12 @@ from pathlib import Path
 from ..errors import BaseUnavailable, StoreError
 from ..events import Listener, Note, Progress, ignore
 from ..store.fs import MUTABLE, FileSystem, ensure_folder, storing, write_file
+from .besides import besides
 from .checkpoint import index_json
 from .journal import Work, claimed, remove_others, tell_others
 from .plan import MergePlan
 from .writer import is_written, shard_header, write_shard
 
-# What a checkpoint folder needs besides weights; nothing else of the base's folder is copied.
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 REPORT = "merge_report.json"
 INDEX = "model.safetensors.index.json"
 
@@ -165,9 +152,12 @@ def _write_others(fs: FileSystem, plan: MergePlan, base: Path, folder: Path) -> 
         write_file(fs, folder / INDEX, index_json(plan.shards), MUTABLE)
     config = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     write_file(fs, folder / "config.json", config.encode(), MUTABLE)
-    for name in _COPIED:
-        if (base / name).is_file():
-            write_file(fs, folder / name, (base / name).read_bytes(), MUTABLE)
+    for name in besides(base).copied:
+        if "/" in name and not (folder / name).parent.is_dir():
+            fs.mkdir((folder / name).parent)
+        write_file(fs, folder / name, (base / name).read_bytes(), MUTABLE)
+    for inner in sorted({(folder / name).parent for name in besides(base).copied} - {folder}):
+        fs.fsync_dir(inner)
 
 
 def check_out(out: Path) -> None:

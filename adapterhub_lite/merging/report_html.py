@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from .report import MergeReport
 from .report_svg import Bar, bars, columns
 
+# Control characters, marks of the writing direction, and halves of characters, which no file in UTF-8 can hold.
+_STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LAYERS, _ROWS = 60, 60  # bars of a picture; more could not be told apart
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 64rem;
@@ -47,7 +50,8 @@ def to_html(report: MergeReport) -> str:
         f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>{_STYLE}</style>'
     )
     body = "\n".join(part for part in parts if part)
-    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], page)
 
 
 def _checks(report: MergeReport) -> str:

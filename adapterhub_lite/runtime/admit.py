@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -104,9 +105,7 @@ def admit(store: Store, ref: Ref, base: Base) -> Admitted:
     def fitted(stored: Stored) -> Admitted:
         card = stored.card
         remark = compare_base(str(ref), card.base, base)
-        if not remark and "claimed_origin" in card.origin:
-            remark = f"{ref} was imported: that it was made for this base is what its card claims."
-        return Admitted(_fit_stored(stored, base), card, remark)
+        return Admitted(_fit_stored(stored, base), card, remark or claim(str(ref), card.origin))
 
     with collector_paused():
         return store.read_while(ref, fitted)
@@ -144,6 +143,13 @@ def _is_exact(recorded: dict[str, Any], base: Base) -> bool:
         return False
     same = not set(base.fingerprint.differs_from(mark)) - {"chat_template"} and base.quantization != "int8"
     return same and recorded.get("dtype") == base.choices["dtype"].value == "float32"
+
+
+def claim(name: str, origin: Mapping[str, Any]) -> str:
+    """What is to be said of a version that came from elsewhere, whose base nobody has proven; "" of others."""
+    if "claimed_origin" not in origin:
+        return ""
+    return f"{name} was imported: that it was made for this base is what its card claims."
 
 
 def compare_base(name: str, recorded: dict[str, Any], base: Base) -> str:

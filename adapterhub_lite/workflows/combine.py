@@ -12,7 +12,6 @@ from ..bases.load import Base
 from ..combining.changes import Changes, changes_of
 from ..combining.combine import Options
 from ..combining.combine import combine as combine_changes
-from ..combining.members import error_of
 from ..combining.rules import RULES
 from ..errors import Unsupported
 from ..events import Listener, Stage, ignore
@@ -107,7 +106,7 @@ def make_combined(
     store.prepare()
     ground = ground_of(members, base, quantize, device, on_event)
     on_event(Stage(f"combining {' + '.join(f'{one.weight:g} * {one}' for one in members)} by {method}"))
-    changes = [(changes_in(store, member, ground, options.error), member.weight) for member in members]
+    changes = [(changes_in(store, member, ground, whole=True), member.weight) for member in members]
     combined = combine_changes(changes, method, options, head_of=head_of, on_event=on_event)
     headed = [member for member, (own, _) in zip(members, changes, strict=True) if own.head]
     primary = members[head_of] if head_of is not None else primary_of(headed or members)
@@ -117,7 +116,7 @@ def make_combined(
         name=name,
         members=members,
         primary=primary,
-        origin=_origin(method, options, members, head_of) | _approximated([own for own, _ in changes]),
+        origin=_origin(method, options, members, head_of),
         evaluate=evaluate,
         started=started,
         seed=options.seed if "seed" in _USED.get(method, ()) else None,
@@ -125,15 +124,15 @@ def make_combined(
     return put_made(store, combined, making, ground, on_event)
 
 
-def changes_in(store: Store, member: Member, ground: Ground, error: float | None = None) -> Changes:
+def changes_in(store: Store, member: Member, ground: Ground, *, whole: bool = False) -> Changes:
     """The member's changes of weights; of DoRA and IA3 with the frozen weights, where they are on this disk.
 
     Args:
-        error: relative, that bringing such a change to low rank may make.
+        whole: these are not brought to low rank; their frozen weights are read anew when a layer is computed.
     """
     adapter = member.adapter(store)
     frozen = FrozenWeights(member, ground.folder, adapter.spec.task_type) if ground.folder is not None else None
-    return changes_of(adapter, frozen, error=error, bias_of=frozen.bias if frozen else None)
+    return changes_of(adapter, frozen, bias_of=frozen.bias if frozen else None, whole=whole)
 
 
 def _check_method(method: str) -> None:
@@ -152,13 +151,6 @@ def _origin(method: str, options: Options, members: Sequence[Member], head_of: i
         "options": {key: value for key, value in asdict(options).items() if key in used and value is not None},
         **({"head": str(members[head_of])} if head_of is not None else {}),
     }
-
-
-def _approximated(changes: Sequence[Changes]) -> dict[str, Any]:
-    """The relative errors that DoRA and IA3 members had before they were combined."""
-    found = {one.name: error_of(one) for one in changes}
-    lossy = {name: error for name, error in found.items() if error}
-    return {"approximated": lossy} if lossy else {}
 
 
 def _head_of(store: Store, members: Sequence[Member], head: str | Ref | None) -> int | None:

@@ -131,6 +131,10 @@ def check_size(rank: int | None, error: float | None) -> None:
     """Raise Unsupported unless at most one of a rank and an error (0..1) is wished for."""
     if rank is not None and error is not None:
         raise Unsupported("A rank and an error are both given; each decides the other.", "Give one of them.")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise Unsupported(f"A rank is a whole number, and {rank!r} is none.", "Give 1 or more.")
+    if error is not None and (not isinstance(error, int | float) or isinstance(error, bool)):
+        raise Unsupported(f"A relative error is a number, and {error!r} is none.", "Give a share such as 0.01.")
     if rank is not None and rank < 1:
         raise Unsupported(f"A rank of {rank} holds nothing.", "Give 1 or more.")
     if error is not None and not 0 < error < 1:

@@ -16,7 +16,7 @@ from ..bases.quiet import quiet
 from ..errors import AdapterHubError, AdapterMismatch, StoreError, Unsupported
 from ..events import Listener, Stage, ignore
 from ..exporting.base import BaseFacts, Weights, base_facts
-from ..exporting.findings import refusals
+from ..exporting.findings import Finding, refusals
 from ..exporting.lint import svd_error
 from ..exporting.pairs import Pair, is_exact
 from ..exporting.prepare import Layer, Prepared, prepare
@@ -171,6 +171,8 @@ def look(
             on_event(Stage(f"reading {resolved} as {chosen.name} would, with the weights of its base"))
         name = asked.base_name or _public_name(card) or adapter.spec.base_model
         prepared = prepare(adapter, chosen, asked, base=facts, weights=weights, base_name=name)
+    if (remark := _other_weights(card, name)) is not None:
+        prepared = replace(prepared, findings=[*prepared.findings, remark])
     return Pending(resolved, chosen, store, prepared, name)
 
 
@@ -208,6 +210,17 @@ def _public_name(card: Card) -> str | None:
     repo = card.base.get("repo")
     entry = CATALOG.get(own_base_name(card) or "")
     return repo or (entry.hub_id if entry else None)
+
+
+def _other_weights(card: Card, name: str | None) -> Finding | None:
+    """Weights of a package differ from those of the same name on the Hub; a server would fetch the latter."""
+    base = own_base_name(card) or ""
+    entry = CATALOG.get(base)
+    if entry is None or name != entry.hub_id or card.base.get("repo") is not None:
+        return None
+    what = f"it was trained on {base} as this machine has it, whose weights may not be those of {name} on the Hub"
+    done = f"Serve the folder that `ahl base show {base}` names, or ship the merge: ahl merge REF --out DIR."
+    return Finding("base_weights", "info", what, "told", done)
 
 
 def _checked_target(target: Path, store: Store) -> Path:

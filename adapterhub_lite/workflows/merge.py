@@ -14,6 +14,7 @@ from ..bases.load import Base
 from ..errors import MergeFailed, Unsupported
 from ..events import Listener, Stage, ignore
 from ..formats.card import Card, utc_now
+from ..merging.besides import besides
 from ..merging.checkpoint import Checkpoint
 from ..merging.inputs import Inputs
 from ..merging.merge import check_out
@@ -27,7 +28,7 @@ from ..tasks.registry import make_task
 from ..tasks.tag import Tag
 from .data import split_rows
 from .merge_bakes import BOTH, Trial, better, measure_bakes
-from .merge_base import check_base, check_place, fits, is_loaded, known_base
+from .merge_base import check_base, check_place, fits, is_loaded, known_base, place_of
 from .merge_expected import Expected
 from .merge_probe import Measured, Probe, measured_of, probe_of
 from .merge_reference import Reference, Served, Streamed, headed_type
@@ -88,9 +89,10 @@ def merge(
         raise Unsupported(f"to={to!r} and dtype={dtype!r} are two names of one thing.", "Give one of them.")
     target = to or dtype or "auto"
     request = request_of(refs, weights, target, bake, residual, verify, thresholds, prompts, metric_rows)
-    check_out(Path(out).expanduser().absolute())
+    place = place_of(out)
+    check_out(place)
     store = store if store is not None else Store()
-    job = _Job(request, Path(out).expanduser().absolute(), store, on_event)
+    job = _Job(request, place, store, on_event)
     named = base is not None or base_name is not None
     given = base or known_base(job.cards[0][1], base_name, quantize, device, on_event)
     check_place(job.out, store, given)
@@ -148,6 +150,8 @@ class _Job:
         floats = maker.floats("auto" if bake == "measured" else bake)
         plan = maker.final(floats)
         self.notes += plan.notes
+        if not request.gguf:
+            self.notes += filter(None, [besides(base.source.folder).remark])
         self.on_event(Stage(f"merging {self._name} into {base.name}"))
         with staged(request, plan, base, self.out, self.on_event) as (folder, residual):
             self.on_event(Stage("verifying the merged model"))

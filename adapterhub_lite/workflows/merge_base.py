@@ -25,7 +25,7 @@ from ..merging.checkpoint import Checkpoint
 from ..merging.merged import merged_before
 from ..names import Ref
 from ..places import cache_root
-from ..runtime.admit import compare_base
+from ..runtime.admit import claim, compare_base
 from ..store import Store
 from .merge_probe import probe_bytes
 from .own_base import chosen_base
@@ -51,7 +51,7 @@ def known_base(card: Card, name: str | None, quantize: str | None, device: str, 
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a broken one fails in as many ways as there are libraries below
             raise BaseUnavailable(f"{source.folder} has no tokenizer that loads: {error}", "Get it anew.") from error
         mark = fingerprint(source.folder, tokenizer, quantization, cache_root() / "fingerprints.json")
         model = skeleton_of(config, None).model
@@ -97,7 +97,7 @@ def check_base(members: Sequence[tuple[Ref, Card]], base: Base, named: bool) -> 
                 f"{ref} does not say which base's weights it was made for: merged into others it would be nonsense.",
                 "If you know its base, name it with --base NAME.",
             )
-        remarks.append(compare_base(str(ref), card.base, base))
+        remarks.append(compare_base(str(ref), card.base, base) or claim(str(ref), card.origin))
     return [remark for remark in remarks if remark]
 
 
@@ -126,6 +126,22 @@ def _check_not_merged(ref: Ref, known: bool, folder: Path) -> None:
         )
 
 
+def place_of(out: str | Path) -> Path:
+    """The folder that is meant, absolute.
+
+    Raises:
+        StoreError: no folder can be called so.
+    """
+    hint = "Name a folder that does not exist yet."
+    try:
+        path = Path(out).expanduser().absolute()
+    except RuntimeError as error:
+        raise StoreError(f"{out} is in the home of a user who does not exist.", hint) from error
+    if "\0" in str(path) or any("\ud800" <= c <= "\udfff" for c in str(path)):  # surrogates: bytes that are no UTF-8
+        raise StoreError(f"{str(path)!r} is no name that every program can read.", hint)
+    return path
+
+
 def check_place(out: Path, store: Store, base: Base) -> None:
     """A checkpoint written among a store's versions, or into its own base, would break them.
 
@@ -133,7 +149,7 @@ def check_place(out: Path, store: Store, base: Base) -> None:
         StoreError: it would be.
     """
     target = out.expanduser().absolute().parent.resolve() / out.name
-    kept = [store.path.resolve() / part for part in ("adapters", "aliases", "objects", "tmp", "runs", "reports")]
-    inside = next((k for k in (*kept, base.source.folder.resolve()) if target.is_relative_to(k)), None)
+    kept = (store.path.resolve(), base.source.folder.resolve())
+    inside = next((k for k in kept if target.is_relative_to(k)), None)
     if inside is not None:
         raise StoreError(f"{out} is inside {inside}.", "Name a folder outside the store and the base.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -74,15 +74,17 @@ def request_of(
         Unsupported: what is wrong with it, with the nearest name where one is unknown.
         InvalidName: a reference that is none.
     """
+    if thresholds is not None and not isinstance(thresholds, Thresholds):
+        raise Unsupported(f"{thresholds!r} are no thresholds.", "Give Thresholds(max_kl=0.05), or leave them out.")
     check_choice(to, TARGETS, "a target of a merge")
     check_choice(bake, BAKES, "a way to bake")
     check_choice(verify, VERIFY, "a way to verify")
+    check_count(residual, "residual")
+    check_count(metric_rows, "metric_rows")
     if residual and to != "nf4":
         raise Unsupported(
             f"A residual adapter repairs what 4 bits lose, and {to} has more.", "Use --to nf4, or leave out --residual."
         )
-    if residual < 0 or metric_rows < 0:
-        raise Unsupported(f"{min(residual, metric_rows)} is less than nothing.", "Give 0 or more.")
     if verify == "weights" and bake == "measured":
         raise Unsupported(
             "Which weights to bake into is measured on logits, which --verify weights leaves out.",
@@ -91,7 +93,28 @@ def request_of(
     members = members_of(refs, weights)
     given = Path(prompts).expanduser() if prompts is not None else None
     limits = thresholds or Thresholds.of(to)
+    check_limits(limits)
     return Request(members, to, bake, residual, verify, limits, given, metric_rows)
+
+
+def check_count(value: object, what: str) -> None:
+    """Raise Unsupported unless a value is a whole number, 0 or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Unsupported(f"{what} is {value!r}, not a whole number.", "Give 0 or more.")
+    if value < 0:
+        raise Unsupported(f"{what} is {value}, which is less than nothing.", "Give 0 or more.")
+
+
+def check_limits(limits: Thresholds) -> None:
+    """Raise Unsupported for a threshold that nothing could pass, or that is none; infinity lets everything pass."""
+    for one in fields(Thresholds):
+        value = getattr(limits, one.name)
+        if value is None and one.name == "max_layer_error":
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value) or value < 0:
+            raise Unsupported(f"The threshold {one.name} is {value!r}.", "Give a number, 0 or more.")
+    if limits.min_top1 > 1:
+        raise Unsupported(f"The threshold min_top1 is {limits.min_top1}.", "It is a share of tokens: give 0 to 1.")
 
 
 def check_choice(value: str, known: Sequence[str], what: str) -> None:

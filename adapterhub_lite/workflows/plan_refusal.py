@@ -32,7 +32,7 @@ def refusal(
     names = ", ".join(one.recipe.name for one in assignments)
     what = "memory" if base.device.type == "cpu" else f"memory of {base.device}"
     some = "" if least.memory is not None else "about "
-    hints = "Change one of these: " + "; ".join(_knobs(assignments, base, least, heeds)) + "."
+    hints = _advice(_knobs(assignments, base, least, heeds), least.peak - limit)
     if least.memory is not None and limit < there and least.peak * _MARGIN <= there:
         hints = f"--fit {_size(least.peak * _MARGIN)} is enough. {hints}"
     return CapacityError(
@@ -48,11 +48,21 @@ def _size(count: float) -> str:
     return f"{math.ceil(count / 1e7) / 100:.2f}GB" if count >= 1e9 else f"{math.ceil(count / 1e6)}MB"
 
 
-def _knobs(assignments: Sequence[Assignment], base: Base, least: Tried, heeds: frozenset[str]) -> list[str]:
+def _knobs(assignments: Sequence[Assignment], base: Base, least: Tried, heeds: frozenset[str]) -> list[tuple[int, str]]:
     """Fields to change, each with about what it saves; what saves most first."""
     saves = [*_fixed(assignments, base, least, heeds), *_other(assignments, base, least)]
-    ordered = sorted(saves, key=lambda pair: -pair[0])
-    return [f"{text} takes about {bytes_text(saved)} less" if saved else text for saved, text in ordered]
+    return sorted(saves, key=lambda pair: -pair[0])
+
+
+def _advice(knobs: Sequence[tuple[int, str]], needed: int) -> str:
+    """What to change, and whether one change is enough."""
+    told = "; ".join(f"{text} takes about {bytes_text(saved)} less" if saved else text for saved, text in knobs)
+    if any(saved >= needed for saved, _ in knobs):
+        return f"Change one of these: {told}."
+    whole = sum(saved for saved, _ in knobs)
+    if whole >= needed:
+        return f"It needs {bytes_text(needed)} less; change several of these: {told}."
+    return f"It needs {bytes_text(needed)} less, more than all of these save: {told}."
 
 
 def _fixed(
@@ -87,9 +97,8 @@ def _other(assignments: Sequence[Assignment], base: Base, least: Tried) -> Itera
             bytes_of_weights(base.model, base.quantization) - bytes_of_weights(base.model, smaller),
             (f"quantize: {smaller}"),
         )
-    if longest > 16:
-        half = work // 2 if least.setup.pack_tokens <= longest else 0
-        yield half, f"training.max_length: {longest // 2} (the longest row has {longest} tokens)"
+    if longest > 16 and least.setup.pack_tokens <= longest:
+        yield work // 2, f"training.max_length: {longest // 2} (the longest row has {longest} tokens)"
     adapters = least.memory.adapters + least.memory.writing if least.memory else 0
     for one in assignments:
         if isinstance(one.recipe.adapter, LoraAdapter) and one.recipe.adapter.rank > 1:

@@ -120,7 +120,6 @@ def test_a_mix_works_in_other_commands(shelf: Path, shop: Shop, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["parrot=0.7", "echo"], 2, "echo has no weight"),
         (["parrot=0.7", "echo=x"], 2, "'x', the weight of echo, is no number"),
         (["parrot", "echo", "--weights", "1"], 2, "2 adapters and 1 weight."),
         (["parrot=1", "echo=1", "--weights", "1,1"], 2, "both as REF=WEIGHT and with --weights"),
@@ -234,3 +233,11 @@ def test_weights_beside_names() -> None:
             read_members([f"a={text}"], None)
     assert read_size(3, None) is None
     assert [share(v) for v in (0.12, 0.0125, 1.5, -0.5)] == ["12%", "1.25%", "150%", "-50%"]
+
+
+def test_a_reference_without_a_weight_has_1_beside_one_that_has() -> None:
+    from adapterhub_lite.cli.mixing import read_members
+
+    assert read_members(["sql@1", "style@2=0.5"], None) == (["sql@1", "style@2"], [1.0, 0.5])
+    assert read_members(["sql@1", "style@2=-0.5"], None) == (["sql@1", "style@2"], [1.0, -0.5])
+    assert read_members(["sql@1", "style@2"], None) == (["sql@1", "style@2"], None)

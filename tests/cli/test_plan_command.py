@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_an_error_with_numbers(shop: Shop) -> None:
     found = told("plan", shop.recipe("parrot"), "--fit", "1MB", code=1)["error"]
     assert found["type"] == "CapacityError"
     assert "1.00 MB may be taken (--fit)" in found["message"]
-    assert "training.max_length" in found["hint"]
+    assert "adapter.rank" in found["hint"]
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,12 @@ def test_several_learners_have_a_line_each(shop: Shop) -> None:
     made = plan(shop.recipe("parrot"), load_recipe(shop.recipe("parrot"), {"name": "other"}))
     lines = plan_lines(made)
     assert [line.split()[0] for line in lines[2:4]] == ["parrot", "other"]
+
+
+def test_advice_says_whether_one_change_is_enough() -> None:
+    from adapterhub_lite.workflows.plan_refusal import _advice
+
+    knobs = [(600, "quantize: nf4"), (300, "adapter.rank: 8"), (0, "a smaller base")]
+    assert _advice(knobs, 500).startswith("Change one of these: quantize: nf4 takes about 600 B less; ")
+    assert _advice(knobs, 800).startswith("It needs 800 B less; change several of these: ")
+    assert _advice(knobs, 1000).startswith("It needs 1.00 kB less, more than all of these save: ")
