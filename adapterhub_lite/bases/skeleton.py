@@ -51,4 +51,4 @@ def skeleton_of(config: dict[str, Any], task_type: str | None) -> View:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(lines[:2])[:300]
+    return f"{' '.join(line.strip() for line in lines[:2]).partition('. ')[0][:200].rstrip('.')}."

@@ -30,7 +30,7 @@ from .sums import Result, stored, summed, summed_whole
 from .written import Written, lora_adapter, target_names
 
 _LOSSY = 1e-3  # relative error of storing that a person should know of
-_BEYOND = 1e-12  # of an error: what its measuring may add
+_FLOAT32 = 1e-7  # relative error that storing factors makes at most, where nothing cancels
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the result: its rank, and the relative error (Frobenius) of what is stored to the rule's exact result."""
+    """One layer of the result: its rank, and the relative error (Frobenius) of what is stored.
+
+    The error is that to the rule's exact result on what the members truly add, whatever their rank.
+    """
 
     module: str
     rank: int
@@ -199,9 +202,14 @@ def _rounded(results: Mapping[str, Result]) -> list[str]:
     ]
 
 
+def _aimed(wished: float | None) -> float | None:
+    """The error for which ranks are chosen, so that what is stored has the wished one."""
+    return wished and math.sqrt(max(wished**2 - _FLOAT32**2, wished**2 / 4))
+
+
 def _check_error(module: str, result: Result, wished: float | None) -> None:
-    """Ranks are chosen for the error before it is stored: what float32 adds may be beyond it."""
-    if wished is not None and result.error > wished * (1 + _BEYOND):
+    """Where changes nearly cancel, float32 adds more than what was left room for."""
+    if wished is not None and result.error > wished:
         message = f"An error of {wished:.3g} cannot be kept at {module}: what is stored has {result.error:.3g}"
         raise Unsupported(f"{message}, of which float32 makes {result.rounding:.3g}.", "Give a larger error.")
 
@@ -213,13 +221,13 @@ def _summed(party: Party, rule: Rule, options: Options, on_event: Listener) -> I
     whole = {name: parts for name, parts in party.modules.items() if any(part.change.full for part in parts)}
     thin = {name: parts for name, parts in party.modules.items() if name not in whole}
     wished = partial(_rank, rule=rule, options=options)
-    yield from summed(thin, wished, options.error, rule.keeps == "all")
+    yield from summed(thin, wished, _aimed(options.error), rule.keeps == "all")
     for done, (name, parts) in enumerate(whole.items()):
         on_event(Progress("combining", done, len(whole), "layers"))
         rank = wished(parts)
         if rank is None and options.error is None:  # as many as the members would have alone
             rank = min(sum(part.change.rank for part in parts), MAX_RANK)
-        yield name, summed_whole(name, parts, rank, options.error)
+        yield name, summed_whole(name, parts, rank, _aimed(options.error))
     if whole:
         on_event(Progress("combining", len(whole), len(whole), "layers"))
 
@@ -237,11 +245,15 @@ def _rank(parts: Sequence[Part], rule: Rule, options: Options) -> int | None:
 def _by_value(party: Party, rule: Rule, options: Options, on_event: Listener) -> Iterator[tuple[str, Result]]:
     for done, (name, parts) in enumerate(party.modules.items()):
         on_event(Progress("combining", done, len(party.modules), "layers"))
-        matrices = [part.change.streamed() for part in parts]
-        matrix = _merged(name, parts, matrices, rule, options)
-        found = brought_to_rank(matrix, _rank(parts, rule, options), options.error, MAX_RANK)
-        yield name, stored(Result(found.matrix, found.error, found.norm))
+        yield name, _layer_by_value(name, parts, rule, options)
     on_event(Progress("combining", len(party.modules), len(party.modules), "layers"))
+
+
+def _layer_by_value(name: str, parts: Sequence[Part], rule: Rule, options: Options) -> Result:
+    matrices = [part.change.streamed() for part in parts]
+    matrix = _merged(name, parts, matrices, rule, options)
+    found = brought_to_rank(matrix, _rank(parts, rule, options), _aimed(options.error), MAX_RANK)
+    return stored(Result(found.matrix, found.error, found.norm))
 
 
 def _merged(name: str, parts: Sequence[Part], matrices: Sequence[Streamed], rule: Rule, options: Options) -> Streamed:

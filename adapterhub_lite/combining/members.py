@@ -198,7 +198,9 @@ def _told(active: Sequence[tuple[_Member, float]], modules: dict[str, list[Part]
         if error:
             notes.append(f"{member.name} was brought to low rank first, with a relative error of {error:.3g}.")
         if any(change.full for change in member.changes.modules.values()):
-            notes.append(f"{member.name} is of full rank, so of no low rank is the result exact: see its error.")
+            notes.append(
+                f"{member.name} is of full rank: of the whole the result is what its rank holds, see its error."
+            )
     return notes
 
 

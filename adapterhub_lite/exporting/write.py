@@ -1,10 +1,9 @@
-"""Files for a reader, whole or absent, and read back before they appear."""
+"""Files for a reader, read back before they appear."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,13 @@ from ..events import Listener, ignore
 from ..formats.specs import LoraSpec
 from ..merging.gguf_lora import write_gguf_lora
 from ..merging.gguf_names import Layout
-from ..merging.merge import check_out
-from ..store.fs import MUTABLE, FileSystem, discard, new_tmp, storing, write_file
+from ..store.fs import MUTABLE, FileSystem, write_file
 from .pairs import Pair, pairs_of
 
 GGUF = "adapter.gguf"
 MODELFILE = "Modelfile"
 REPORT = "export_report.json"
 _KIND = "f32"  # an adapter is small beside its base: nothing of it is rounded
-
-
-@contextmanager
-def staged_folder(target: Path, nbytes: int, fs: FileSystem) -> Iterator[Path]:
-    """A hidden folder beside `target`, which becomes it when the block is left well.
-
-    Raises:
-        StoreError: `target` is a link, or exists and is not an empty folder; StoreFull: no space left.
-    """
-    check_out(target)
-    staged = new_tmp(target.parent)
-    try:
-        with storing(f"write {target}", target.parent, nbytes, "Nothing was written."):
-            fs.mkdir(staged)
-            yield staged
-            fs.fsync_dir(staged)
-            fs.rename(staged, target)
-    except BaseException:
-        discard(fs, staged)
-        raise
-    with storing(f"write {target}", target.parent, nbytes, "It is there, but may not outlive a loss of power."):
-        fs.fsync_dir(target.parent)
 
 
 def write_peft(fs: FileSystem, folder: Path, adapter: Adapter) -> Mapping[str, Pair]:

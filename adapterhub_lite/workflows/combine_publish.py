@@ -21,6 +21,8 @@ from .combine_measure import Measured, Proof, prove_made
 from .combine_members import Member
 from .publish import adapter_summary, libraries
 
+_ROUNDING = 1e-7  # relative: factors stored in float32 have no less
+
 
 @dataclass(frozen=True)
 class Making:
@@ -104,7 +106,7 @@ def put_made(store: Store, combined: Combined, making: Making, ground: Ground, o
         origin={
             **making.origin,
             "members": [{"ref": str(one), "digest": one.ref.digest, "weight": one.weight} for one in members],
-            "error": finite(combined.error),
+            "error": told(combined.error),
             "layers": layers_summary(combined.layers),
             **({"notes": list(combined.notes)} if combined.notes else {}),
             "measured": [one.to_dict() for one in proof.measured],
@@ -151,11 +153,16 @@ def layers_summary(layers: Sequence[Layer]) -> dict[str, Any]:
         "count": len(layers),
         "rank": {"smallest": min(ranks), "largest": max(ranks), "mean": round(sum(ranks) / len(ranks), 2)},
         "error": {
-            "mean": finite(math.fsum(layer.error for layer in layers) / len(layers)),
-            "largest": finite(worst.error),
+            "mean": told(math.fsum(layer.error for layer in layers) / len(layers)),
+            "largest": told(worst.error),
             "at": worst.module,
         },
     }
+
+
+def told(error: float) -> float | None:
+    """An error as a card says it: what float32 makes of any value is none."""
+    return 0.0 if error < _ROUNDING else finite(error)
 
 
 def finite(value: float) -> float | None:

@@ -22,8 +22,9 @@ from ..exporting.pairs import Pair, is_exact
 from ..exporting.prepare import Layer, Prepared, prepare
 from ..exporting.readers import Reader, reader_named
 from ..exporting.report import ExportReport
+from ..exporting.staging import staged_folder
 from ..exporting.traits import Asked
-from ..exporting.write import MODELFILE, modelfile, staged_folder, write_gguf, write_peft, write_report
+from ..exporting.write import MODELFILE, modelfile, write_gguf, write_peft, write_report
 from ..formats.card import Card
 from ..merging.merge import check_out
 from ..names import Ref
@@ -99,7 +100,7 @@ class Pending:
         adapter, fs = self._allowed(), fs or FileSystem()
         path = _checked_target(Path(target), self.store)
         size = sum(tensor.nbytes for tensor in adapter.tensors.values())
-        with staged_folder(path, size, fs) as staged:
+        with staged_folder(path, size, fs, on_event) as staged:
             back = self._write(fs, staged, adapter, on_event)
             layers, error = self._proven(back)
             files = tuple(sorted(file.name for file in staged.iterdir()))

@@ -48,13 +48,13 @@ def known_base(card: Card, name: str | None, quantize: str | None, device: str, 
     choices = {"device": choose_device(device)}
     choices["dtype"] = choose_dtype(choices["device"].value)
     quantization = quantize or card.base.get("quantization") or "none"
+    model = skeleton_of(config, None).model
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a broken one fails in as many ways as there are libraries below
             raise BaseUnavailable(f"{source.folder} has no tokenizer that loads: {error}", "Get it anew.") from error
         mark = fingerprint(source.folder, tokenizer, quantization, cache_root() / "fingerprints.json")
-        model = skeleton_of(config, None).model
     empty = MemoryReport(0, 0, 0)
     return Base(source.name, kind_of(config), model, tokenizer, quantization, source, mark, choices, empty)
 

@@ -109,7 +109,7 @@ def test_sums_are_those_of_the_dense_changes(mix: str, method: str):
         ranks = [change.matrix.rank for change in held if change is not None]
         whole = int(torch.linalg.matrix_rank(expected[layer.module]))
         assert layer.rank == {"cat": sum(ranks), "svd": min(max(ranks), whole)}.get(method, whole)
-        assert method == "svd" or layer.error < 1e-9
+        assert method == "svd" or layer.error < 1e-6
     check_biases(made, adapters, weights)
 
 

@@ -64,7 +64,7 @@ def test_a_method_within_an_error(kind: str, error: float, tmp_path: Path):
 def test_without_a_wish_nothing_is_lost_that_has_a_low_rank(kind: str, tmp_path: Path):
     made, added = converted(kind, tmp_path)
     check(made, added)
-    assert kind in FULL or made.error < 1e-9
+    assert kind in FULL or made.error < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["lora", "patterns", "rslora", "bias"])
