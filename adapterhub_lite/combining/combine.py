@@ -157,7 +157,7 @@ def combine(
     for name, result in (
         _summed(party, rule, options, on_event) if adding else _by_value(party, rule, options, on_event)
     ):
-        _check_error(name, result, options.error)
+        _check_error(name, result, options.error if options.rank is None else None)
         results[name] = result
     biases = {name: _bias(party, name, rule, options, adding) for name in party.modules}
     kept = {
