@@ -42,6 +42,7 @@ def load_recipe(name_or_path: str | Path, overrides: Overrides = (), *, check_fi
     root = _tree(raw, problems)
     if root is not None:
         _override(root, overrides, problems)
+        _respell(root, problems)
     recipe = _recipe(root, path, raw, problems)
     if recipe and not problems and check_files:
         problems += [replace(problem, line=_line(root, problem.path)) for problem in files.check_files(recipe)]
@@ -61,6 +62,7 @@ def changed_recipe(recipe: Recipe, overrides: Overrides) -> Recipe:
     found: Recipe | None = None
     if root is not None:
         _override(root, overrides, problems)
+        _respell(root, problems)
         about = {key: getattr(recipe, key) for key in _ABOUT_RECIPE} | {"lines": {}}
         found = read_section(At(root, "recipe", problems), Recipe, defaults=about)
     if found is None or problems:
@@ -192,6 +194,27 @@ def _line(node: Node | None, path: str) -> int:
     for key in path.split("."):
         node = node.entries.get(key) if isinstance(node, Table) else None
     return node.line if node else 0
+
+
+# --- other spellings ----------------------------------------------------------------------------------------------
+
+_SPELLINGS = {"from": "start_from"}  # `from` is no name in Python
+
+
+def _respell(root: Node, problems: list[Problem]) -> None:
+    """Let a field be written by its other name."""
+    if not isinstance(root, Table):
+        return
+    for other, name in _SPELLINGS.items():
+        if other not in root.entries:
+            continue
+        line = root.lines.pop(other, 0)
+        if name in root.entries:
+            problems.append(Problem(other, f"is the same as '{name}', which is there too.", "Leave one out.", line))
+        else:
+            root.lines[name] = line
+            root.entries[name] = root.entries[other]
+        del root.entries[other]
 
 
 # --- overrides ---------------------------------------------------------------------------------------------------

@@ -116,3 +116,20 @@ def test_resuming_needs_the_same_start(tiny_base, tmp_path: Path):
     train(path, **more)
     with pytest.raises(TrainingFailed, match=r"start_from was tiny@1 .*, is tiny@2 "):
         train(path, **more, overrides={"start_from": "tiny"}, resume=True)
+
+
+def test_from_is_another_spelling(tmp_path):
+    from adapterhub_lite.errors import RecipeError
+    from adapterhub_lite.recipe import load_recipe
+
+    plain = load_recipe("topics", overrides=["start_from=topics@3"])
+    assert load_recipe("topics", overrides=["from=topics@3"]) == plain
+    path = tmp_path / "mine.yaml"
+    text = "name: mine\nbase: minilm-l6\nfrom: topics@3\ntask: {type: classify}\ndata: {train: x.jsonl}\n"
+    text += "adapter: {type: lora}\n"
+    path.write_text(text)
+    found = load_recipe(path, check_files=False)
+    assert (found.start_from, found.line_of("start_from")) == ("topics@3", 3)
+    path.write_text(text + "start_from: topics@2\n")
+    with pytest.raises(RecipeError, match="the same as 'start_from'"):
+        load_recipe(path, check_files=False)
