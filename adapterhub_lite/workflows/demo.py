@@ -28,6 +28,7 @@ from ..tasks.registry import make_task
 from ..tasks.rows import Rows
 from ..tasks.task import Task
 from .merge import merge
+from .merge_base import MERGED
 from .train import libraries, read_data, train
 
 BASE = "smollm2-135m-instruct"
@@ -212,7 +213,7 @@ def _mix(runtime: Runtime, subjects: dict[str, _Subject], say: Print) -> dict[st
 
 
 def _merge(store: Store, base: Base, sql: _Subject, say: Print, on_event: Listener) -> dict[str, Any]:
-    out = _new_folder(store.path / "merged", str(sql.ref).replace("@", "-"))
+    out = _new_folder(store.path / MERGED, str(sql.ref).replace("@", "-"))
     # The metric is measured below by plain transformers' own generate.
     report = merge(sql.ref, out, store=store, base=base, metric_rows=0, on_event=on_event)
     say(f"\n7. Merged into a standalone checkpoint, loaded with plain transformers: {out}")

@@ -34,6 +34,9 @@ REPORT = "merge_report.json"
 _SPARE = 256 << 20  # bytes beside weights and logits: activations, the libraries
 _KEPT = 3  # tables of logits of the probe: of the reference, the bare base and the merged model
 
+MERGED = "merged"
+"""The folder of a store that takes merged checkpoints; no version is there."""
+
 
 def known_base(card: Card, name: str | None, quantize: str | None, device: str, on_event: Listener = ignore) -> Base:
     """A base without its weights (its model is on the meta device): configuration, tokenizer, fingerprint.
@@ -143,13 +146,15 @@ def place_of(out: str | Path) -> Path:
 
 
 def check_place(out: Path, store: Store, base: Base) -> None:
-    """A checkpoint written among a store's versions, or into its own base, would break them.
+    """A checkpoint written among a store's versions, or into its own base, would break them; `merged/` is for it.
 
     Raises:
         StoreError: it would be.
     """
     target = out.expanduser().absolute().parent.resolve() / out.name
     kept = (store.path.resolve(), base.source.folder.resolve())
+    own = kept[0] / MERGED
     inside = next((k for k in kept if target.is_relative_to(k)), None)
-    if inside is not None:
-        raise StoreError(f"{out} is inside {inside}.", "Name a folder outside the store and the base.")
+    if inside is not None and not (target != own and target.is_relative_to(own)):
+        hint = f"Name a folder outside the store and the base, or in {own}."
+        raise StoreError(f"{out} is inside {inside}.", hint)

@@ -221,10 +221,13 @@ def test_a_place_that_cannot_be(tmp_path, store, ref, monkeypatch, out):
     assert left(tmp_path) == []
 
 
-def test_any_place_in_the_store_is_refused(tmp_path, store, ref):
-    with pytest.raises(StoreError, match="is inside"):
-        merge(ref, store.path / "x", store=store)
-    assert not (store.path / "x").exists()
+def test_any_place_in_the_store_but_its_folder_for_them_is_refused(tmp_path, store, ref):
+    for place in ("x", "merged", "adapters/merged/x"):
+        with pytest.raises(StoreError, match="is inside"):
+            merge(ref, store.path / place, store=store)
+        assert not (store.path / place).exists()
+    merge(ref, store.path / "merged" / "mine-1", store=store)
+    assert (store.path / "merged" / "mine-1" / "merge_report.json").is_file()
 
 
 def test_a_chat_template_that_is_no_text(tmp_path, store, base):
