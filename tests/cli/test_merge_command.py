@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,13 @@ def test_the_text_tells_every_threshold(shop: Shop, tmp_path: Path) -> None:
 
 
 def test_two_adapters_with_weights(shop: Shop, tmp_path: Path) -> None:
-    trained = ahl("train", shop.recipe("parrot"), "-o", "training.seed=7", "--name", "second", "--store", shop.store)
+    store = shutil.copytree(shop.store, tmp_path / "store")
+    trained = ahl("train", shop.recipe("parrot"), "-o", "training.seed=7", "--name", "second", "--store", store)
     assert trained.exit_code == 0, trained.stderr
     arguments = ["merge", "parrot@1,second@1", "--weights", "0.7,0.3", "--out", tmp_path / "merged"]
-    found = told(*arguments, "--store", shop.store)
+    found = told(*arguments, "--store", store)
     assert [member["weight"] for member in found["adapters"]] == [0.7, 0.3]
-    shown = ahl("show", "second@1", "--store", shop.store).stdout
+    shown = ahl("show", "second@1", "--store", store).stdout
     assert "merges:" in shown
     assert str(tmp_path / "merged") in shown
 

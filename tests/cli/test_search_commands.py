@@ -39,8 +39,6 @@ def test_sweep(validated: Path, tmp_path: Path) -> None:
         "LOSS",
         "TEST",
         "EXACT_MATCH",
-        "TEST",
-        "ROUGE_L",
         "STEPS",
         "ENDED",
         "STORED",

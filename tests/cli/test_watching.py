@@ -162,7 +162,6 @@ def test_scalars_of_a_run(installed: type[Writer], shop: Shop, tmp_path: Path) -
     tags = {tag for tag, _, _ in writer.scalars}
     assert tags == {
         "loss/step", "loss/smoothed", "learning_rate", "speed/tokens_per_second", "memory/bytes", "test/exact_match",
-        "test/rouge_l",
     }  # fmt: skip
     card = json.loads((tmp_path / "s/adapters/parrot/1/card.json").read_bytes())
     losses = [(round(value, 5), number) for tag, value, number in writer.scalars if tag == "loss/step"]
