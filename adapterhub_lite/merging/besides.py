@@ -48,6 +48,7 @@ _OWN = (
     "merge_report.*",
     "README*",
     "LICENSE*",
+    "source.json",  # where our cache has a base from
     ".*",
 )
 _SHOWN = 8
