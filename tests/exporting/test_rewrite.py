@@ -45,7 +45,9 @@ def test_a_scale_that_is_a_power_of_two_is_folded_exactly(rank, power, dtype, mo
     pair = pair_of(rank, 2.0**power, dtype, seed)
     made = padded(folded(pair), rank + more)
     assert torch.equal(dense(made), dense(pair))
-    assert (made.scale, made.rank, made.up.dtype) == (1.0, rank + more, dtype)
+    exact = pair.up.double() * 2.0**power
+    held = dtype if torch.equal(exact.to(dtype).double(), exact) else torch.float32  # the least numbers of float16
+    assert (made.scale, made.rank, made.up.dtype) == (1.0, rank + more, held)
 
 
 @given(rank=st.integers(1, 9), scale=st.floats(0.01, 100), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
