@@ -19,7 +19,7 @@ from ..combining.low_rank import LowRank
 from ..errors import AdapterMismatch
 from ..formats.adapter_files import A_SUFFIX, B_SUFFIX
 from ..formats.specs import FactoredSpec, LoraSpec
-from .base import Weights
+from ..merging.weights import Weights
 
 
 @dataclass(frozen=True)

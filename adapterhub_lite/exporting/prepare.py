@@ -10,7 +10,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.lora import split_tensors
 from ..errors import Unsupported
 from ..formats.specs import InjectedSpec, LoraSpec, PrefixSpec, PromptSpec
-from .base import BaseFacts, Shape, Weights
+from ..merging.weights import Weights
+from .base import BaseFacts, Shape
 from .findings import Finding, refusals
 from .lint import lint
 from .pairs import Pair, Pairs, is_exact, pairs_of, total

@@ -10,24 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..adapters.sites import is_conv1d
 from ..bases.fetch import on_disk
-from ..bases.fingerprint import weights_digest
 from ..bases.load import Base, load_base
-from ..bases.quantization import quantized_round_trip
-from ..bases.skeleton import skeleton_of
-from ..bases.views import View
-from ..errors import AdapterHubError, AdapterMismatch, BaseMismatch
+from ..errors import AdapterHubError
 from ..events import Listener, Note
 from ..formats.card import Card
-from ..merging.checkpoint import Checkpoint
-from ..merging.places import Places, quantised_weights
-from ..places import cache_root
+from ..merging.weights import Weights
 from .base_choice import base_name, is_trusted
 from .combine_members import Member, check_one_base
-from .own_base import load_own_base
+from .own_base import check_weights, load_own_base
 from .publish import base_summary
 
 _CLAIMED = ("name", "repo", "commit", "revision")  # what leads to a base; of a foreign card it is not handed on
@@ -126,14 +118,13 @@ def _untrusted(members: Sequence[Member]) -> str:
 
 
 class FrozenWeights:
-    """Module name -> its frozen weight [out, in] in float32, as the member's base computes with it, quantised or not.
+    """Module name -> its frozen weight [out, in] in float32, as the member's base computes with it.
 
-    Read from a checkpoint folder one tensor at a time; no model is in memory.
+    The folder is compared with the member's base when a weight is first asked for.
     """
 
     def __init__(self, member: Member, folder: Path, task_type: str | None) -> None:
         self._member, self._folder, self._task_type = member, folder, task_type
-        self._quantization = str(member.card.base.get("quantization") or "none")
 
     def __call__(self, module: str) -> torch.Tensor:
         """The weight of one module.
@@ -142,44 +133,15 @@ class FrozenWeights:
             BaseMismatch: the folder holds other weights than the adapter was made for.
             AdapterMismatch: it has no such module.
         """
-        checkpoint, view = self._opened
-        turned = is_conv1d(self._module(module))
-        name = Places(view, checkpoint).tensor(f"{module}.weight")
-        weight = checkpoint.read(name).float()
-        weight = weight.T.contiguous() if turned else weight
-        return quantized_round_trip(weight, self._quantization) if name in self._quantised else weight
+        return self._opened.weight(module)
 
     def bias(self, module: str) -> torch.Tensor | None:
         """The bias of one module [out], None where it has none. Raises as the weight."""
-        checkpoint, view = self._opened
-        if getattr(self._module(module), "bias", None) is None:
-            return None
-        return checkpoint.read(Places(view, checkpoint).tensor(f"{module}.bias")).float()
-
-    def _module(self, module: str) -> nn.Module:
-        found = self._opened[1].modules.get(module)
-        if found is None:
-            raise AdapterMismatch(f"{self._member}: {module} is not in its base.", "It was made for another model.")
-        return found
+        return self._opened.bias(module)
 
     @cached_property
-    def _quantised(self) -> set[str]:
-        """The checkpoint's names of the weights that the member's base quantised."""
-        if self._quantization == "none":
-            return set()
-        return set(quantised_weights(skeleton_of(self._config, None), self._opened[0]))
-
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self._folder / "config.json").read_text("utf-8"))
-        return found
-
-    @cached_property
-    def _opened(self) -> tuple[Checkpoint, View]:
-        wanted = self._member.mark.get("weights")
-        if wanted and weights_digest(self._folder, cache_root() / "fingerprints.json") != wanted:
-            raise BaseMismatch(
-                f"{self._folder} holds other weights than {self._member} was made for.",
-                "Name its own base with --base BASE.",
-            )
-        return Checkpoint.open(self._folder), skeleton_of(self._config, self._task_type)
+    def _opened(self) -> Weights:
+        check_weights(self._folder, self._member.mark.get("weights"), str(self._member))
+        config = json.loads((self._folder / "config.json").read_text("utf-8"))
+        quantization = str(self._member.card.base.get("quantization") or "none")
+        return Weights(self._folder, config, self._task_type, quantization)

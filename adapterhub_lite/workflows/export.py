@@ -15,7 +15,7 @@ from ..bases.load import checked_config
 from ..bases.quiet import quiet
 from ..errors import AdapterHubError, AdapterMismatch, StoreError, Unsupported
 from ..events import Listener, Stage, ignore
-from ..exporting.base import BaseFacts, Weights, base_facts
+from ..exporting.base import BaseFacts, base_facts
 from ..exporting.findings import Finding, refusals
 from ..exporting.lint import svd_error
 from ..exporting.pairs import Pair, is_exact
@@ -27,11 +27,13 @@ from ..exporting.traits import Asked
 from ..exporting.write import MODELFILE, modelfile, write_gguf, write_peft, write_report
 from ..formats.card import Card
 from ..merging.merge import check_out
+from ..merging.weights import Weights
 from ..names import Ref
 from ..store import Store
 from ..store.fs import MUTABLE, FileSystem, write_file
 from .base_choice import base_name as own_base_name
 from .base_choice import is_trusted
+from .own_base import check_weights
 
 _ROUNDING = 1e-5  # of float32 factors, with room
 
@@ -168,6 +170,7 @@ def look(
         rewrites = chosen.plain or asked.cuts
         if folder is not None and facts is not None and rewrites and not is_exact(adapter):
             quantization = str(card.base.get("quantization") or "none")
+            check_weights(folder, (card.base.get("fingerprint") or {}).get("weights"), str(resolved))
             weights = Weights(folder, config, adapter.spec.task_type, quantization)
             on_event(Stage(f"reading {resolved} as {chosen.name} would, with the weights of its base"))
         name = asked.base_name or _public_name(card) or adapter.spec.base_model

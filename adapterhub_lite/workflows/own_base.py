@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from ..bases.fingerprint import weights_digest
 from ..bases.load import Base, load_base
-from ..errors import Unsupported
+from ..errors import BaseMismatch, Unsupported
 from ..events import Listener, ignore
 from ..formats.card import Card
+from ..places import cache_root
 from .base_choice import base_name, is_trusted
 
 
@@ -42,3 +46,14 @@ def chosen_base(card: Card, name: str | None = None) -> str:
             f"If you trust it: --base {chosen}",
         )
     return chosen
+
+
+def check_weights(folder: Path, wanted: str | None, whose: str) -> None:
+    """Compare the tensors of a checkpoint folder with the digest that a card has of its base's, where it has one.
+
+    Raises:
+        BaseMismatch: they are others.
+    """
+    if wanted and weights_digest(folder, cache_root() / "fingerprints.json") != wanted:
+        message = f"{folder} holds other weights than {whose} was made for."
+        raise BaseMismatch(message, "Name its own base with --base BASE.")

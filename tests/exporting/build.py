@@ -13,11 +13,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from adapterhub_lite.adapters.adapter import Adapter, read_adapter
-from adapterhub_lite.exporting.base import BaseFacts, Weights, base_facts
+from adapterhub_lite.exporting.base import BaseFacts, base_facts
 from adapterhub_lite.exporting.pairs import is_exact
 from adapterhub_lite.exporting.prepare import Prepared, prepare
 from adapterhub_lite.exporting.readers import READERS
 from adapterhub_lite.exporting.traits import Asked
+from adapterhub_lite.merging.weights import Weights
 from tests import peers, tiny
 
 PREFIX = "base_model.model."

@@ -19,9 +19,9 @@ import adapterhub_lite as ahl
 from adapterhub_lite.bases.quantization import quantized_round_trip
 from adapterhub_lite.errors import AdapterMismatch, BaseUnavailable, NotFound, StoreError, StoreFull, Unsupported
 from adapterhub_lite.exporting import write
-from adapterhub_lite.exporting.base import Weights
 from adapterhub_lite.exporting.readers import READERS
 from adapterhub_lite.exporting.traits import Asked
+from adapterhub_lite.merging.weights import Weights
 from adapterhub_lite.store import Store
 from adapterhub_lite.workflows import export as workflow
 from adapterhub_lite.workflows.receive import receive
@@ -252,7 +252,7 @@ def test_weights_are_those_that_the_adapter_was_trained_on(tiny_folder, quantiza
     bare = Weights(folder, config, "FEATURE_EXTRACTION", quantization)
     assert torch.equal(bare.weight("layers.0.mlp.up_proj"), found)
     assert weights.bias("model.layers.0.mlp.up_proj") is None
-    with pytest.raises(AdapterMismatch, match="no tensor"):
+    with pytest.raises(AdapterMismatch, match="no layer"):
         weights.weight("model.layers.7.mlp.up_proj")
 
 
@@ -321,3 +321,20 @@ def test_that_the_hubs_weights_may_be_others_is_said():
     assert hub in found.what
     assert _other_weights(packaged, "mine/own") is None
     assert _other_weights(Card(base={"name": name, "repo": hub}, origin={"kind": "trained"}), hub) is None
+
+
+def test_weights_of_another_base_are_refused(stored, base, tmp_path):
+    from safetensors.torch import save_file
+
+    from adapterhub_lite.bases.fingerprint import weights_digest
+    from adapterhub_lite.errors import BaseMismatch
+
+    store, made = stored("dora")
+    mark = {"fingerprint": {"weights": weights_digest(base)}}
+    store.import_(made.folder, "marked", mark)
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    assert workflow.look("marked", reader="vllm", store=store, base=str(base)).prepared.adapter is not None
+    with pytest.raises(BaseMismatch, match="holds other weights"):
+        workflow.look("marked", reader="vllm", store=store, base=str(other))
