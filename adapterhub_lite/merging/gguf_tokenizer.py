@@ -206,13 +206,11 @@ def _scored(vocabulary: Vocabulary, raw: dict[str, Any], folder: Path, unknown: 
 
 
 def _scores_of_model(path: Path, vocabulary: Vocabulary) -> list[float] | None:
-    """The scores that tokenizer.model has; None where there is no such file, or nothing that reads it."""
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        return None
+    """The scores that tokenizer.model has; None where there is no such file."""
     if not path.is_file():
         return None
+    from sentencepiece import SentencePieceProcessor
+
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:

@@ -199,10 +199,11 @@ SENTENCES = [
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model with byte fallback, as Llama 2 has one."""
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    from sentencepiece import SentencePieceTrainer
+
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "texts.txt").write_text("\n".join(SENTENCES * 20), "utf-8")
-    trainer.train(
+    SentencePieceTrainer.train(
         input=str(folder / "texts.txt"),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
