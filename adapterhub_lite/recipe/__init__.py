@@ -5,6 +5,7 @@ Gives: a frozen, complete `Recipe`, or every problem at once with its field path
 Never: imports or runs anything that a YAML names, or reads the data it points to.
 """
 
+from .copied import copied_text
 from .files import check_files
 from .load import changed_recipe, list_recipes, load_recipe, recipe_dict
 from .options import PeftAdapter
@@ -44,6 +45,7 @@ __all__ = [
     "TrainingConfig",
     "changed_recipe",
     "check_files",
+    "copied_text",
     "list_recipes",
     "load_recipe",
     "recipe_dict",

@@ -41,9 +41,9 @@ def show(
 ) -> None:
     """Print a recipe's YAML.
 
-    Paths of data are relative to the recipe; in a copy elsewhere, point them at your own files.
+    Paths of data are printed in full, so that a copy anywhere trains on the same rows; point them at files of your own.
     """
-    from ...recipe import list_recipes
+    from ...recipe import copied_text, list_recipes
 
     paths = {known: path for known, _, path in list_recipes()}
     if name not in paths:
@@ -51,7 +51,7 @@ def show(
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(paths)}."
         raise NotFound(f"There is no built-in recipe {name!a}.", f"{hint} `ahl recipes` says what they do.")
     path = paths[name]
-    text = path.read_text("utf-8")
+    text = copied_text(path)
     if as_json:
         emit({"name": name, "path": str(path), "yaml": text})
     else:
