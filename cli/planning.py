@@ -52,8 +52,9 @@ def _memory(plan: Plan) -> str:
     limit = f"; --fit {size(plan.fit)}" if plan.fit is not None else ""
     host = f"; of the host's memory {size(memory.on_host)}" if memory.on_host else ""
     return (
-        f"{size(memory.peak)} at most: base {size(memory.base)}, adapters and optimiser {size(memory.adapters)}, "
-        f"computing {size(memory.work)}; {size(memory.available)} beyond the base are free{host}{limit}"
+        f"{size(memory.peak)} at most: the process with the base loaded {size(memory.base)}, "
+        f"adapters and optimiser {size(memory.adapters)}, "
+        f"computing {size(memory.work)}; {size(memory.available)} beyond that are free{host}{limit}"
     )
 
 

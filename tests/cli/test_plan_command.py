@@ -42,7 +42,7 @@ def test_a_plan_for_people(shop: Shop) -> None:
     assert "the base is built as BERT is" in lines["computation"]
     assert "the card" not in lines["dtype"]
     assert "6, in 6 packs (1.0 a step)" in lines["steps"]
-    assert "at most: base" in lines["memory"]
+    assert "at most: the process with the base loaded" in lines["memory"]
     assert "--fit 900 GB" in lines["memory"]
     assert "tokens/s" in lines["time"]
     assert "As overrides: -o training.pack_tokens=1024 -o training.checkpointing=false" in result.stdout
