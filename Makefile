@@ -20,11 +20,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ahl demo
 
-# The bases are fetched first: the tests themselves never reach the network.
+# The bases are fetched first: the tests themselves never reach the network. A process a core, to four of them.
 test: setup
 	$(BIN)/ahl base pull smollm2-135m-instruct
 	$(BIN)/ahl base pull minilm-l6
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Every crash point, fault, power cut, flipped byte and interleaving of the store, of which `make test` tries a sample.
 # What needs strace, a C compiler or a mount is skipped where there is none, with the reason.

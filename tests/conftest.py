@@ -18,7 +18,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     BITSANDBYTES_NOWELCOME="1",
 )
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Processes that test beside each other (pytest-xdist) have a core each.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import pytest
 
