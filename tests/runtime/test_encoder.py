@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,20 +127,6 @@ class Zoo:
     def close(self) -> None:
         self.hooks.remove()
         self.runtime.close()
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    made: dict[tuple[str, ...], Zoo] = {}
-
-    def one(*what: str) -> Zoo:
-        if what not in made:
-            made[what] = Zoo(tmp_path_factory.mktemp("base"), *what)
-        return made[what]
-
-    yield one
-    for zoo_ in made.values():
-        zoo_.close()
 
 
 def known(family: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,6 @@ from adapterhub_lite.runtime.native_encoder import NativeEncoder
 from tests.runtime.test_encoder import ANY, CLASSES, ROW, Zoo, assert_equal, checkpoint, drawn, known
 
 pytestmark = pytest.mark.skipif(not has_encoder(), reason="no native encoder on this machine")
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    made: dict[tuple[str, ...], Zoo] = {}
-
-    def one(*what: str) -> Zoo:
-        if what not in made:
-            made[what] = Zoo(tmp_path_factory.mktemp("base"), *what)
-        return made[what]
-
-    yield one
-    for zoo_ in made.values():
-        zoo_.close()
 
 
 @pytest.fixture
