@@ -15,6 +15,7 @@ from ..formats.files import read_regular
 Row = Mapping[str, Any]
 MAX_LINE_BYTES = 10 * 2**20
 MAX_FILE_BYTES = 8 * 2**30
+_SHOWN = 5  # lines
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Rows(Sequence[Row]):
             DataError: naming file, line and the fields there are.
         """
         row = self.rows[index]
-        if name not in row or row[name] is None:
+        if row.get(name) is None:
+            more = [self.lines[i] for i in range(index + 1, len(self)) if self.rows[i].get(name) is None]
             raise DataError(
-                f"{self.source}, line {self.lines[index]}: no field {name!r}.", f"It has: {', '.join(sorted(row))}."
+                f"{self.source}, line {self.lines[index]}: no field {name!r}.",
+                f"It has: {', '.join(sorted(row))}.{_others(more, 'lack it')}",
             )
         return row[name]
 
@@ -61,7 +64,7 @@ def read_jsonl(path: Path) -> Rows:
     """Read a JSON Lines file (UTF-8, one object a line, blank lines ignored).
 
     Raises:
-        DataError: no file, no row, or a line that is not an object; says which.
+        DataError: no file, no row, or lines that are no objects: what is wrong with the first, and which others.
     """
     try:
         data = read_regular(path.resolve(), MAX_FILE_BYTES)
@@ -72,10 +75,20 @@ def read_jsonl(path: Path) -> Rows:
         ) from error
     rows: list[Row] = []
     lines: list[int] = []
+    broken: list[int] = []
+    first: DataError | None = None
     for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             rows.append(_parse(line, path, number))
             lines.append(number)
+        except DataError as error:
+            first = first or error
+            broken.append(number)
+    if first is not None:
+        first.hint += _others(broken[1:], "cannot be read")
+        raise first
     if not rows:
         raise DataError(f"{path} holds no rows.", "Expected JSON Lines: one object a line.")
     return Rows(tuple(rows), tuple(lines), str(path), hashlib.sha256(data).hexdigest())
@@ -100,6 +113,15 @@ def read_hub(hub: str, split: str, config: str | None = None, revision: str | No
     return Rows(
         rows, tuple(range(1, len(rows) + 1)), f"{hub}:{split}", hashlib.sha256(text.encode()).hexdigest(), False
     )
+
+
+def _others(lines: Sequence[int], what: str) -> str:
+    """Which other lines have the same fault."""
+    if not lines:
+        return ""
+    shown = ", ".join(str(line) for line in lines[:_SHOWN])
+    plural, rest = "s" if len(lines) > 1 else "", ", ..." if len(lines) > _SHOWN else ""
+    return f" {len(lines):,} more {what}: line{plural} {shown}{rest}."
 
 
 def _parse(line: bytes, path: Path, number: int) -> Row:

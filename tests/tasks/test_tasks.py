@@ -62,6 +62,16 @@ class TestRows:
         with pytest.raises(DataError, match=rf"data\.jsonl, line 3: .*{why}"):
             read_jsonl(path)
 
+    def test_the_first_bad_line_is_told_in_full_the_others_by_number(self, tmp_path: Path):
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(b'{"a": 1}\nx\n{"a": 2}\n' + b"[1]\n" + b'{"a": "\xff"}\n' * 6)
+        with pytest.raises(DataError, match=r"line 2: not JSON .*7 more cannot be read: lines 4, 5, 6, 7, 8, \.\.\."):
+            read_jsonl(path)
+        path.write_bytes(b'{"a": 1}\nx\n{"a": 2}\n')
+        with pytest.raises(DataError) as error:
+            read_jsonl(path)
+        assert "more" not in str(error.value)
+
     def test_a_line_too_long(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(reading, "MAX_LINE_BYTES", 50)
         path = tmp_path / "data.jsonl"
@@ -86,6 +96,11 @@ class TestRows:
         found = Rows((row,), (17,), "some.jsonl", "")
         with pytest.raises(DataError, match=r"some\.jsonl, line 17: no field 'a'.*b"):
             found.field(0, "a")
+
+    def test_all_rows_that_lack_a_field_are_told(self):
+        found = Rows(({"a": 1}, {"b": 1}, {"a": 2}, {"a": None}), (1, 2, 3, 5), "some.jsonl", "")
+        with pytest.raises(DataError, match=r"line 2: no field 'a'. It has: b. 1 more lack it: line 5\."):
+            found.field(1, "a")
 
 
 class TestFill:
