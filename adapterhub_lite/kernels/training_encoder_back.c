@@ -104,7 +104,7 @@ static void residual_work(team of, const stage *s, int last, lines below) {
     }
 }
 
-/* The gradient of x, the layer's input, goes to below, where there is one. */
+/* The gradient of x, the layer's input, goes to below, where there is one; it may lie where grad does. */
 static void backward_layer(team of, const stage *s, long i, lines x, lines grad, const lines *below) {
     const job *j = s->j;
     const layer *l = j->stack + i;
@@ -141,7 +141,7 @@ int ahl_encoder_backward(const job *j, int threads) {
         long lowest = j->lowest > 0 ? j->lowest : 0;
         lines grad = {(float *)j->grad, j->width};
         for (long i = j->layers - 1; i >= lowest; i--) {
-            lines below = i == lowest && j->below ? (lines){j->below, j->width} : s.below[i % 2];
+            lines below = i == lowest && j->below ? (lines){j->below, j->width} : s.below;
             backward_layer(of, &s, i, input_of(&s, i), grad, i > lowest || j->below ? &below : 0);
             grad = below;
         }

@@ -68,7 +68,7 @@ typedef struct {
 typedef struct {
     const job *j;
     kept_layer *kept;
-    lines delta, chosen_x, chosen_q, chosen_low, total, rest, active, inner, seen, qkv, query, slope, below[2];
+    lines delta, chosen_x, chosen_q, chosen_low, total, rest, active, inner, seen, qkv, query, slope, below;
     float *own;
     change *forward, *back, *slopes;
     tile *tiles;
@@ -115,13 +115,17 @@ INLINE long lay_out(const job *j, stage *s, long threads) {
     float *at = j->room;
     long n = j->all.count, read = j->read.count, width = j->width;
     for (long i = 0; i < slots_of(j); i++) s->kept[i] = carve_layer(j, &at);
-    lines *narrow[] = {&s->delta, &s->total, &s->rest, &s->seen, &s->below[0], &s->below[1]};
+    lines *narrow[] = {&s->delta, &s->total, &s->rest, &s->below};
     lines *few[] = {&s->chosen_x, &s->chosen_q, &s->query};
-    for (int i = 0; i < 6; i++) *narrow[i] = carve(&at, n, width);
+    for (int i = 0; i < 4; i++) *narrow[i] = carve(&at, n, width);
     for (int i = 0; i < 3; i++) *few[i] = carve(&at, read, width);
+    /* Attention's gradients come when those of the feed-forward part have been read. */
+    float *feed = at;
     s->active = carve(&at, n, j->inner);
+    s->qkv = carve(&feed, n, 3 * width);
+    if (at < feed) at = feed;
+    s->seen = s->rest;
     s->inner = carve(&at, n, j->inner);
-    s->qkv = carve(&at, n, 3 * width);
     s->slope = carve(&at, n, j->low);
     s->chosen_low = carve(&at, read, j->low);
     s->own = at;

@@ -34,7 +34,8 @@ class Frozen:
         bias: of all layers [out], or None where none has one.
     """
 
-    def __init__(self, modules: tuple[nn.Module, ...], dtype: torch.dtype) -> None:
+    def __init__(self, modules: tuple[nn.Module, ...], dtype: torch.dtype, *, fused: bool = True) -> None:
+        """fused: dense weights are laid below each other, so that one product serves all layers (`bases.fused`)."""
         self.modules = modules
         self.n_in = int(modules[0].in_features)  # type: ignore[arg-type]
         ends = [0]
@@ -44,8 +45,8 @@ class Frozen:
         self.n_out = ends[-1]
         self.dtype = dtype
         self.bias = self._bias()
-        fused = fuse(modules)
-        self._whole = None if fused is None else fused.weight
+        below = fuse(modules) if fused else None
+        self._whole = None if below is None else below.weight
         self._quantized = [is_quantized(module) for module in modules]
         on_cpu = next(modules[0].parameters()).device.type == "cpu"
         self._native = dtype == torch.float32 and on_cpu and available()

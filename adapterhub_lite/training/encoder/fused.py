@@ -64,18 +64,19 @@ class FusedEncoder:
         self._parts = parts or parts_of(base, learners[0].task_type)
         self._ops = ops or ops_for(base)
         trainables = [learner.trainable for learner in learners]
-        self._layers = [Layer(self._parts, i, trainables) for i in range(len(self._parts.layers))]
-        last = PLACES * len(self._layers)
+        last = PLACES * len(self._parts.layers)
         self._project = (
             None if self._parts.project is None else Changes(self._parts.project, trainables, last + _PROJECT)
         )
         self._pool = None if self._parts.pool is None else Changes(self._parts.pool, trainables, last + _POOL)
         below = self._project is not None and bool(self._project.learners)
-        trained = [layer.index for layer in self._layers if layer.trained]
-        self._lowest = -1 if below else min(trained, default=len(self._layers))
+        trained = self._parts.trained(trainables)
+        self._lowest = -1 if below else min(trained, default=len(self._parts.layers))
         native = isinstance(self._ops, NativeEncoderOps) and not settings.checkpoint and bool(trained)
         whole = native and reads_whole(self._parts, trainables)
         self._whole = WholeLayers(self._parts, trainables, self._lowest) if whole else None
+        # Each of these has memory of its own, which the native call has no use for.
+        self._layers = [] if whole else [Layer(self._parts, i, trainables) for i in range(len(self._parts.layers))]
         self._buffers = Buffers(base.device, base.dtype)
         self._run = Run()
 
@@ -137,7 +138,7 @@ class FusedEncoder:
 
     def _changes(self) -> list[Changes]:
         """Those whose parameters are to be read for a step."""
-        found = [] if self._whole else [change for layer in self._layers for change in layer.changes]
+        found = [change for layer in self._layers for change in layer.changes]
         return [*found, *(one for one in (self._project, self._pool) if one is not None)]
 
     def _over(self, rows: Sequence[Row], training: bool) -> list[Sums]:
@@ -158,7 +159,7 @@ class FusedEncoder:
             return
         if self._pool is not None:
             grad = self._pool_back(scene, x, hidden, pooled, grad)
-        if self._lowest == len(self._layers):
+        if self._lowest == len(self._parts.layers):
             return
         self._backward(scene, entries, grad)
 
@@ -211,7 +212,7 @@ class FusedEncoder:
         x = x if kinds is None else x + kinds.weight[0]
         x = x + F.embedding(tokens.indices + parts.first_position, embeddings.position_embeddings.weight)
         x = torch.as_tensor(embeddings.LayerNorm(x))
-        salt = PLACES * len(self._layers)
+        salt = PLACES * len(self._parts.layers)
         if scene.drops and parts.drop_embedded:
             self._ops.drop(x, tokens.keys, tokens.indices, salt + _EMBEDDED, parts.drop_embedded, x)
         if self._project is None:
@@ -273,7 +274,7 @@ class FusedEncoder:
         if not head.training:
             return head(x)  # type: ignore[no-any-return]
         self._run.rows, self._run.known = (), {len(lines.keys): lines}
-        with Dropping(self._run, PLACES * (len(self._layers) + 1)):
+        with Dropping(self._run, PLACES * (len(self._parts.layers) + 1)):
             return head(F.dropout(x, p))  # type: ignore[no-any-return]
 
     def _scene(self, pack: Pack, training: bool) -> tuple[Scene, torch.Tensor]:

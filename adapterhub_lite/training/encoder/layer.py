@@ -59,11 +59,6 @@ class Layer:
             for frozen, salt in zip(self.parts.groups, _GROUPS, strict=True)
         ]
 
-    @property
-    def trained(self) -> bool:
-        """Whether some learner changes this layer."""
-        return any(change.learners for change in self.changes)
-
     def forward(self, scene: Scene, x: torch.Tensor, keep: str) -> torch.Tensor:
         """What the next layer reads, in a buffer; in the last layer only for tokens that a head reads.
 

@@ -85,16 +85,27 @@ class EncoderParts:
         found = [group for layer in self.layers for group in layer.groups]
         return [*found, *(one for one in (self.project, self.pool) if one is not None)]
 
+    def trained(self, trainables: Sequence[object]) -> list[int]:
+        """The layers that some of these adapters change."""
+        sites = {s.module for one in trainables if isinstance(one, TrainableLora) for s in one.sites.values()}
+        modules = [{m for group in layer.groups for m in group.modules} for layer in self.layers]
+        return [i for i, own in enumerate(modules) if not own.isdisjoint(sites)]
+
 
 def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.bias.detach(), float(module.eps))
+
+
+def _beside(three: tuple[nn.Module, ...], dtype: torch.dtype) -> Frozen:
+    """Queries, keys and values; on a CPU each is read where it lies, and a second copy would be for nothing."""
+    return Frozen(three, dtype, fused=next(three[0].parameters()).device.type != "cpu")
 
 
 def _bert_layer(layer: Any, dtype: torch.dtype) -> LayerParts:
     attention = layer.attention
     three = attention.self.query, attention.self.key, attention.self.value
     return LayerParts(
-        Frozen(three, dtype),
+        _beside(three, dtype),
         Frozen((attention.output.dense,), dtype),
         _norm(attention.output.LayerNorm),
         Frozen((layer.intermediate.dense,), dtype),
@@ -110,7 +121,7 @@ def _distil_layer(layer: Any, dtype: torch.dtype) -> LayerParts:
     attention, feed = layer.attention, layer.ffn
     dropout = attention.dropout
     return LayerParts(
-        Frozen((attention.q_lin, attention.k_lin, attention.v_lin), dtype),
+        _beside((attention.q_lin, attention.k_lin, attention.v_lin), dtype),
         Frozen((attention.out_lin,), dtype),
         _norm(layer.sa_layer_norm),
         Frozen((feed.lin1,), dtype),
