@@ -1,7 +1,7 @@
 """What a failed command says, and its exit code.
 
 0 done · 1 an error that says what to do · 2 wrong usage · 70 a bug · 130 interrupted · 141 nobody reads the output ·
-143 SIGTERM ended a training run, which is kept.
+143 SIGTERM ended a training run or a merge, which is kept.
 """
 
 from __future__ import annotations

@@ -30,6 +30,10 @@ ErrorOption = Annotated[
 NoEvalOption = Annotated[
     bool, typer.Option("--no-eval", help="Load no base: store it without its effect and metrics measured.")
 ]
+RowsOption = Annotated[
+    int, typer.Option("--rows", min=0, metavar="N", help="Most test rows of each parent to measure on; 0: none.")
+]
+ROWS = 200  # as of `workflows.combine_setting`, which a command line that is only parsed does not load
 
 _COARSE = 0.1  # relative error beyond which it is said how to make less
 _SHARE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(?:e(-?[0-9]{1,2}))?(%?)", re.ASCII | re.IGNORECASE)
@@ -111,14 +115,20 @@ def show_made(made: Made, as_json: bool, lines: Sequence[str]) -> None:
         say(printable(f"  effect and metrics are not measured: {made.not_measured}"))
     if made.measured:
         say("", *_measured(made, ref))
-    say("", printable(f"Measure it again with {_again(made, ref)}, try it with `ahl run --adapter {ref} PROMPT`."))
+    say("", printable(_next(made, ref)))
 
 
-def _again(made: Made, ref: str) -> str:
-    others = [one.split for one in made.measured if one.made is not None and one.split not in ("test", "validation")]
-    return (
-        f'`ahl eval {ref}` or `ahl eval {ref} --split "{others[-1]}"`' if len(set(others)) > 1 else f"`ahl eval {ref}`"
-    )
+def _next(made: Made, ref: str) -> str:
+    """What to do with it: it is measured again only where it was measured, on all rows where that was on some."""
+    tried = f"ry it with `ahl run --adapter {ref} PROMPT`."
+    if not (made.card.task.get("type") and any(split in made.card.data for split in ("test", "validation"))):
+        return f"T{tried}"
+    done = [one for one in made.measured if one.made is not None]
+    some = any(one.rows < one.of_rows for one in done)
+    word = "Measure it on all rows" if some else "Measure it again" if done else "Measure it"
+    others = dict.fromkeys(one.split for one in done if one.split not in ("test", "validation"))
+    more = f' or `ahl eval {ref} --split "{list(others)[-1]}"`' if len(others) > 1 else ""
+    return f"{word} with `ahl eval {ref}`{more}, t{tried}"
 
 
 def _ranks(origin: Mapping[str, Any]) -> str:
@@ -156,16 +166,19 @@ def _measured(made: Made, ref: str) -> list[str]:
         Column("CHANGE", 1, right=True),
     )
     rows: list[list[object]] = []
-    reasons = []
+    notes = []
     for one in made.measured:
         if one.reason:
-            reasons.append(f"{one.parent}: not measured: {one.reason}")
+            notes.append(f"{one.parent}: not measured: {one.reason}")
+        if one.alone_since:
+            notes.append(f"{one.parent} alone was measured {one.alone_since}, when it was made.")
         names = list(one.alone or {})
+        count = f"{one.rows:,}" if one.rows == one.of_rows else f"{one.rows:,} of {one.of_rows:,}"
         for name in names:
             before, after = (one.alone or {})[name], (one.made or {}).get(name)
             now = ["", ""] if after is None else [f"{after:.3f}", f"{after - before:+.3f}"]
-            rows.append([one.parent if name == names[0] else "", name, f"{one.rows:,}", f"{before:.3f}", *now])
-    return [*(table(columns, rows) if rows else []), *map(printable, reasons)]
+            rows.append([one.parent if name == names[0] else "", name, count, f"{before:.3f}", *now])
+    return [*(table(columns, rows) if rows else []), *map(printable, dict.fromkeys(notes))]
 
 
 def written(path: Path | None) -> list[str]:

@@ -54,8 +54,10 @@ class Options:
     def check(self, rule: Rule) -> None:
         """Raise Unsupported for what is out of range or has no meaning for a rule."""
         self.check_size()
-        if not 0 < self.density <= 1:
-            raise Unsupported(f"{self.density:g} is no share of values.", "Give more than 0 and at most 1.")
+        if not _is_number(self.density) or not 0 < self.density <= 1:
+            raise Unsupported(f"{self.density!r} is no share of values.", "Give more than 0 and at most 1.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise Unsupported(f"A seed is a whole number, and {self.seed!r} is none.", "Give 0, for example.")
         if self.majority_sign not in ("total", "frequency"):
             raise Unsupported(f"{self.majority_sign!r} is no way to elect a sign.", "Use total or frequency.")
         if rule.keeps == "all" and (self.rank is not None or self.error is not None):
@@ -63,10 +65,18 @@ class Options:
 
     def check_size(self) -> None:
         """Raise Unsupported for a rank or an error that is out of range."""
+        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool)):
+            raise Unsupported(f"A rank is a whole number, and {self.rank!r} is none.", "Give 1 or more.")
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
             raise Unsupported(f"A rank of {self.rank} cannot be stored.", f"Give 1 to {MAX_RANK}.")
+        if self.error is not None and not _is_number(self.error):
+            raise Unsupported(f"A relative error is a number, and {self.error!r} is none.", "Give a share, as 0.01.")
         if self.error is not None and not 0 < self.error < 1:
             raise Unsupported(f"{self.error:g} is no relative error.", "Give more than 0 and less than 1: 0.01 is 1 %.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

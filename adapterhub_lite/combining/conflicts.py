@@ -138,6 +138,9 @@ def conflicts(
     if not 0 < density <= 1:
         raise Unsupported(f"A density of {density:g} is no share of elements.", "Give more than 0 and at most 1.")
     names = [changes.name for changes, _ in members]
+    for changes, _ in members:
+        if any(change.full for change in changes.modules.values()):
+            raise Unsupported(f"{changes.name} is of full rank, and low ranks are compared.", "Bring it to one first.")
     modules = sorted({module for changes, _ in members for module in changes.modules}, key=natural)
     tallies: dict[str, _Tally] = {}
     for done, module in enumerate(modules):
@@ -186,7 +189,10 @@ def _tally(module: str, members: Sequence[tuple[Changes, float]], density: float
 
 def _check_finite(module: str, gram: torch.Tensor) -> None:
     if not bool(torch.isfinite(gram).all()):
-        raise AdapterMismatch(f"The values at {module} are too large to compare.", "The training diverged.")
+        raise AdapterMismatch(
+            f"The values at {module} are too large to compare.",
+            "Give smaller weights; with small ones, the training diverged.",
+        )
 
 
 def _sum(tallies: Iterable[_Tally], members: int) -> _Tally:

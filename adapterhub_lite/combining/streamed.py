@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..errors import Unsupported
@@ -31,8 +32,11 @@ _ROUNDING = {  # of the squared norm: what two projections leave of columns that
     torch.float32: 1e-6,
 }
 _NARROW = 1e-2  # of the squared norm: where more is left, float32 tells what a pass gains, in half the time
+_CLEAR = 10  # times what rounding leaves: columns that have so much of their own are kept as they are
+_LITTLE = 1e-4  # of the squared norm: where more is left, a difference tells it to twelve digits
 _HELD = 1 << 21  # values of a matrix that takes less memory than the space: it is formed once
 _SPACE = 10  # blocks of columns that are kept before the best of them begin anew
+_FEW, _SMALL = 8, 640  # times the width of the space, and columns: see `_is_small`
 _GATHERED = 1 << 18  # values that are sorted
 
 
@@ -72,6 +76,10 @@ def brought_to_rank(matrix: Streamed, rank: int | None, error: float | None, mos
         Unsupported: the error needs a larger rank than `most`.
     """
     limit = min(*matrix.shape, most if rank is None else min(rank, most))
+    matrix = _held(matrix)
+    if _is_small(matrix.shape, limit, error):
+        found, reached = _direct(matrix, limit, error)
+        return _checked(found, limit, error, rank is not None or reached)
     if error is None and limit < min(matrix.shape):
         narrow, energy = _narrowed(matrix)
         if energy:
@@ -82,8 +90,11 @@ def brought_to_rank(matrix: Streamed, rank: int | None, error: float | None, mos
     energy, vectors, reached = _Krylov(matrix, limit, error).run()
     if not vectors.shape[1]:
         return Brought(LowRank.zero(matrix.shape), 0.0, 0.0)
-    found = _projected(matrix, vectors, energy)
-    if error is not None and rank is None and not reached:
+    return _checked(_projected(matrix, vectors, energy), limit, error, rank is not None or reached)
+
+
+def _checked(found: Brought, limit: int, error: float | None, reached: bool) -> Brought:
+    if error is not None and not reached:
         raise Unsupported(
             f"An error of {error:.3g} needs a rank of more than {limit}, which leaves {found.error:.3g}.",
             f"Give a rank of at most {limit}, or a larger error.",
@@ -91,18 +102,65 @@ def brought_to_rank(matrix: Streamed, rank: int | None, error: float | None, mos
     return found
 
 
+def _is_small(shape: tuple[int, int], limit: int, error: float | None) -> bool:
+    """Whether a space that is grown would soon be all there is: products of all columns, or rows, cost less then."""
+    small = min(shape)
+    of_rows = shape[0] < shape[1] and math.prod(shape) > _HELD  # products of rows need all of them in memory
+    return not of_rows and small <= (_SMALL if error is not None else min(_SMALL, _FEW * (limit + _MORE)))
+
+
+def _direct(matrix: Streamed, limit: int, error: float | None) -> tuple[Brought, bool]:
+    """The best approximation from all eigenvectors of A^T A, or of A A^T where that is smaller."""
+    if matrix.shape[0] < matrix.shape[1]:
+        whole = matrix.rows(0, matrix.shape[0])
+        flat = Streamed((matrix.shape[1], matrix.shape[0]), lambda start, stop: whole[:, start:stop].mT, matrix.block)
+        turned, reached = _direct(flat, limit, error)
+        return Brought(LowRank(turned.matrix.up.mT, turned.matrix.down.mT), turned.error, turned.norm), reached
+    products = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
+    for _, rows in matrix.blocks():
+        products.addmm_(rows.mT, rows)
+    energy = float(products.trace())
+    if not energy:
+        return Brought(LowRank.zero(matrix.shape), 0.0, 0.0), True
+    if error is None and limit < len(products):
+        values, vectors = torch.linalg.eigh((products / energy).float())
+        if 1 - float(values[-limit:].sum(dtype=torch.float64)) > _NARROW:
+            return _projected(matrix, torch.linalg.qr(vectors[:, -limit:].double()).Q, energy), True
+    values, vectors = torch.linalg.eigh(products)
+    kept, reached = _rank_for(values.flip(0).clamp(min=0), energy, limit, error, len(values))
+    return _projected(matrix, vectors.flip(1)[:, :kept], energy), reached
+
+
+def _rank_for(values: torch.Tensor, energy: float, limit: int, error: float | None, whole: int) -> tuple[int, bool]:
+    """How many columns to keep that capture so much of the squared norm each, and whether they reach the error.
+
+    Args:
+        whole: the rank that the matrix has at most, which reaches any error.
+    """
+    some = int((values > _NOTHING * energy).sum())
+    if error is None:
+        return min(limit, some), True
+    left = energy - values.cumsum(0)
+    within = int((left > error**2 * energy).sum()) + 1
+    return min(within, limit, some), within <= min(limit, len(values)) or whole <= min(limit, len(values))
+
+
+def _held(matrix: Streamed) -> Streamed:
+    """The same, formed once where it is small."""
+    if math.prod(matrix.shape) > _HELD:
+        return matrix
+    whole = torch.cat([rows for _, rows in matrix.blocks()])
+    return Streamed(matrix.shape, lambda start, stop: whole[start:stop], 2 * BLOCK)
+
+
 def _narrowed(matrix: Streamed) -> tuple[Streamed, float]:
-    """The matrix in float32, of norm 1, and its squared norm; formed once where it is small."""
-    n_out, n_in = matrix.shape
-    held = list(matrix.blocks()) if n_out * n_in <= _HELD else None
-    energy = sum(float(rows.square().sum()) for _, rows in held or matrix.blocks())
+    """The matrix in float32, of norm 1, and its squared norm."""
+    energy = sum(float(rows.square().sum()) for _, rows in matrix.blocks())
     if not energy:
         return matrix, 0.0
     scale = 1 / math.sqrt(energy)
-    if held is None:
-        return Streamed(matrix.shape, lambda start, stop: (matrix.rows(start, stop) * scale).float()), energy
-    whole = torch.cat([(rows * scale).float() for _, rows in held])
-    return Streamed(matrix.shape, lambda start, stop: whole[start:stop]), energy
+    narrow = Streamed(matrix.shape, lambda start, stop: (matrix.rows(start, stop) * scale).float(), matrix.block)
+    return _held(narrow), energy
 
 
 class _Krylov:
@@ -127,8 +185,8 @@ class _Krylov:
             image = self._grow(fresh)
             if not self.energy:
                 return 0.0, self.basis[:, :0], True
-            values, turn = self._ritz()
-            kept, reached = self._rank(values)
+            values = self._ritz_values()
+            kept, reached = _rank_for(values, self.energy, self.limit, self.error, min(self.matrix.shape))
             left = self.left = max(self.energy - float(values[:kept].sum(dtype=torch.float64)), 0.0)
             settled = before - left <= _SETTLED * left or left <= _NOTHING * self.energy
             done = settled and (reached or kept == self.limit)
@@ -140,10 +198,10 @@ class _Krylov:
                 break
             before, self.wanted = left if kept == self.wanted else math.inf, kept
             if self.basis.shape[1] + fresh.shape[1] > max(_SPACE * self.width, 4 * kept):
-                most = min(turn.shape[1], kept + self.width)
-                self.basis, self.images = self.basis @ turn[:, :most], self.images @ turn[:, :most]
-                self.product = turn[:, :most].mT @ self.product @ turn[:, :most]
-        return self.energy, self.basis @ turn[:, :kept], reached
+                turn = self._ritz_vectors(min(len(values), kept + self.width))
+                self.basis, self.images = self.basis @ turn, self.images @ turn
+                self.product = turn.mT @ self.product @ turn
+        return self.energy, self.basis @ self._ritz_vectors(kept), reached
 
     def _drawn(self) -> torch.Tensor:
         shape = self.basis.shape[0], self.width
@@ -162,27 +220,25 @@ class _Krylov:
         self.basis, self.images = torch.cat([self.basis, fresh], 1), torch.cat([self.images, image], 1)
         return image
 
-    def _ritz(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What columns of the space capture of the squared norm, most first, and how they are turned for that."""
-        values, turn = torch.linalg.eigh((self.product + self.product.mT) / 2)
-        return values.flip(0).clamp(min=0), turn.flip(1)
+    def _ritz_values(self) -> torch.Tensor:
+        """What columns of the space capture of the squared norm, most first."""
+        values: torch.Tensor = torch.linalg.eigvalsh((self.product + self.product.mT) / 2)
+        return values.flip(0).clamp(min=0)
 
-    def _rank(self, values: torch.Tensor) -> tuple[int, bool]:
-        """How many columns to keep, and whether they reach the error."""
-        some = int((values > _NOTHING * self.energy).sum())
-        if self.error is None:
-            return min(self.limit, some), True
-        left = self.energy - values.cumsum(0)
-        within = int((left > self.error**2 * self.energy).sum()) + 1
-        return min(within, self.limit, some), within <= min(self.limit, len(values))
+    def _ritz_vectors(self, count: int) -> torch.Tensor:
+        """How the columns of the space are turned so that the first `count` capture most."""
+        turn: torch.Tensor = torch.linalg.eigh((self.product + self.product.mT) / 2).eigenvectors
+        return turn.flip(1)[:, :count]
 
     def _orthonormal(self, columns: torch.Tensor) -> torch.Tensor:
         """An orthonormal basis of what columns have outside the space; none where that is no more than rounding."""
         room = self.basis.shape[0] - self.basis.shape[1]
         columns = columns - self.basis @ (self.basis.mT @ columns)
-        u, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
-        count = min(int((sizes > _ROUNDING[self.dtype] * self.energy).sum()), room)
-        fresh = u[:, :count]
+        least = _ROUNDING[self.dtype] * self.energy
+        fresh, triangle = torch.linalg.qr(columns)
+        if columns.shape[1] > room or not float(triangle.diagonal().abs().min()) > _CLEAR * least:
+            u, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
+            fresh = u[:, : min(int((sizes > least).sum()), room)]
         for _ in range(2):  # what is left may be 1e-14 of what was there
             fresh = fresh - self.basis @ (self.basis.mT @ fresh)
         found: torch.Tensor = torch.linalg.qr(fresh).Q
@@ -190,18 +246,26 @@ class _Krylov:
 
 
 def _projected(matrix: Streamed, vectors: torch.Tensor, energy: float) -> Brought:
-    """(A X) X^T for orthonormal X, and what it leaves of A, from one pass."""
-    ups, left = [], 0.0
-    for _, rows in matrix.blocks():
-        up = rows @ vectors
-        left += float((rows - up @ vectors.mT).square().sum())
-        ups.append(up)
-    found, _ = LowRank(vectors.mT, torch.cat(ups)).truncated()
+    """(A X) X^T for orthonormal X, and what it leaves of A, from one pass; from a second where that is little."""
+    up = torch.cat([rows @ vectors for _, rows in matrix.blocks()])
+    left = energy - float(up.square().sum())
+    if left < _LITTLE * energy:
+        parts = ((rows - up[start : start + len(rows)] @ vectors.mT) for start, rows in matrix.blocks())
+        left = sum(float(part.square().sum()) for part in parts)
+    found, _ = LowRank(vectors.mT, up).truncated()
     return Brought(found, math.sqrt(left / energy), math.sqrt(energy))
 
 
 def largest(matrix: Streamed, count: int) -> float:
-    """The `count`-th largest magnitude of all values, exactly (`count` from 1).
+    """The `count`-th largest magnitude of all values, exactly (`count` from 1)."""
+    if math.prod(matrix.shape) > _HELD:
+        return _counted(matrix, count)
+    sizes = np.concatenate([rows.detach().abs().flatten().numpy() for _, rows in matrix.blocks()])
+    return float(np.partition(sizes, len(sizes) - count)[-count])  # a tenth of the time of torch's
+
+
+def _counted(matrix: Streamed, count: int) -> float:
+    """The same, whatever the values are.
 
     Magnitudes are ordered as the bits of their float64 are, so they are counted by leading bits, pass by pass, until
     few enough are left to be sorted.

@@ -17,9 +17,10 @@ from ..errors import Unsupported
 from ..events import Listener, Stage, ignore
 from ..names import Ref, check_name
 from ..store import Store
-from .combine_base import FrozenWeights, Ground, ground_of, with_base
+from .combine_base import FrozenWeights, Ground, ground_of
 from .combine_members import Member, Weighted, members_of, primary_of
 from .combine_publish import Made, Making, check_size, put_made
+from .combine_setting import ROWS, Setting
 
 _LONGEST_NAME = 64
 _WHOLE = ("task_arithmetic", "ties", "dare_ties")  # they add tasks, or take means: 1 each by default; others share 1
@@ -48,12 +49,14 @@ def combine(
     quantize: str | None = None,
     device: str = "auto",
     evaluate: bool = True,
+    rows: int = ROWS,
     on_event: Listener = ignore,
 ) -> Ref:
     """Combine versions of one base into a new version, whose card has its parents, weights and errors.
 
     Before it is stored it must move logits, and its parents' test sets are answered by each parent alone and by it;
-    both go into the card. Without the base on this disk it is stored unmeasured, and its card says so.
+    both go into the card. A parent that was measured in this store on the same rows is not measured again. Without the
+    base on this disk it is stored unmeasured, and its card says so.
 
     Args:
         adapters: references, pairs of reference and weight, or a mapping of both; weights may be negative.
@@ -66,6 +69,7 @@ def combine(
         head: the member whose classification head is kept, where several have one.
         base: their base, loaded or by name; needed where a card does not tell its fingerprint.
         evaluate: False stores it without a base, unmeasured.
+        rows: most rows of each parent's test set to measure on, evenly over all of them; 0: none.
 
     Raises:
         BaseMismatch: the adapters are of different bases.
@@ -73,55 +77,45 @@ def combine(
         NoEffect: the sum moves no logit.
     """
     options = Options(rank=rank, error=error, density=density, seed=seed, majority_sign=majority_sign)  # type: ignore[arg-type]
-    made = make_combined(
-        adapters, method, options, weights=weights, name=name, head=head, store=store, base=base, quantize=quantize,
-        device=device, evaluate=evaluate, on_event=on_event,
-    )  # fmt: skip
-    return made.ref
+    setting = Setting(store if store is not None else Store(), base, quantize, device, evaluate, rows, on_event)
+    return make_combined(adapters, method, options, setting, weights=weights, name=name, head=head).ref
 
 
 def make_combined(
     adapters: Weighted,
     method: str,
     options: Options,
+    setting: Setting,
     *,
     weights: Sequence[float] | None = None,
     name: str | None = None,
     head: str | Ref | None = None,
-    store: Store | None = None,
-    base: Base | str | None = None,
-    quantize: str | None = None,
-    device: str = "auto",
-    evaluate: bool = True,
-    on_event: Listener = ignore,
 ) -> Made:
     """As `combine`, with all that was found on the way."""
-    started = time.perf_counter()
-    store = store if store is not None else Store()
+    started, store, on_event = time.perf_counter(), setting.store, setting.on_event
+    setting.check()
     _check_method(method)
     check_size(options.rank, options.error)
+    options.check(RULES[method])
     members = members_of(store, adapters, weights, 1.0 if method in _WHOLE else None)
     name = check_name(name) if name is not None else _name_of(members)
     head_of = _head_of(store, members, head)
     store.prepare()
-    ground = ground_of(members, base, quantize, device, on_event)
+    ground = ground_of(members, setting.base, setting.quantize, setting.device, on_event)
     on_event(Stage(f"combining {' + '.join(f'{one.weight:g} * {one}' for one in members)} by {method}"))
     changes = [(changes_in(store, member, ground, whole=True), member.weight) for member in members]
     combined = combine_changes(changes, method, options, head_of=head_of, on_event=on_event)
     headed = [member for member, (own, _) in zip(members, changes, strict=True) if own.head]
     primary = members[head_of] if head_of is not None else primary_of(headed or members)
-    if evaluate:
-        ground = with_base(ground, members, quantize, device, on_event)
     making = Making(
         name=name,
         members=members,
         primary=primary,
         origin=_origin(method, options, members, head_of),
-        evaluate=evaluate,
         started=started,
         seed=options.seed if "seed" in _USED.get(method, ()) else None,
     )
-    return put_made(store, combined, making, ground, on_event)
+    return put_made(combined, making, ground, setting)
 
 
 def changes_in(store: Store, member: Member, ground: Ground, *, whole: bool = False) -> Changes:

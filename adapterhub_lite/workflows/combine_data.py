@@ -45,6 +45,11 @@ class HeldOut:
         return self.parent.card.data.get(self.split, {}).get("sha256"), judge_of(self.task)
 
 
+def part_name(split: str, rows: int, of_rows: int) -> str:
+    """What a card calls the metrics of so many rows of a split: never as those of the whole split."""
+    return split if rows == of_rows else f"{split} ({rows:,} of {of_rows:,} rows)"
+
+
 def held_out(members: Sequence[Member], primary: Member) -> list[HeldOut]:
     """The test sets of all members, those of `primary` first; a member without one has an entry without a split."""
     ordered = [primary, *(member for member in members if member is not primary)]

@@ -1,9 +1,10 @@
-"""What a version made of others does: its effect on the base, and its answers to every test set of its parents."""
+"""What a version made of others does: its effect on the base, and its answers to the test sets of its parents."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..adapters.adapter import Adapter
@@ -11,33 +12,39 @@ from ..bases.load import Base
 from ..bases.quiet import quiet
 from ..errors import AdapterHubError, DataError, StoreError, Unsupported
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..events import Listener
-from ..formats.card import examples_of
+from ..events import Stage
+from ..formats.card import examples_of, spread
+from ..names import Ref
 from ..runtime.certificate import measure
 from ..runtime.runtime import Runtime
-from ..store import Store
 from ..tasks.registry import make_task
 from ..tasks.rows import Rows
-from .combine_data import HeldOut
+from .combine_data import HeldOut, part_name
+from .combine_figures import own_metrics
+from .combine_setting import Setting
 
 _HEADED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A parent's test set, answered by the parent alone and by what was made of it.
+    """Rows of a parent's test set, answered by the parent alone and by what was made of it.
 
     Attributes:
         split: what the card calls the rows; "" where the parent has none.
-        alone, made: metrics in 0..1; None where they were not measured.
-        reason: why they were not.
+        rows, of_rows: how many were answered, evenly over how many.
+        alone, made: metrics in 0..1 of these rows; None where they were not measured.
+        alone_since: when the parent was measured, where that was before: its card has the figures.
+        reason: why something was not measured.
     """
 
     parent: str
     split: str
     rows: int = 0
+    of_rows: int = 0
     alone: dict[str, float] | None = None
     made: dict[str, float] | None = None
+    alone_since: str = ""
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Proof:
-    """What goes into the card: the certificate, and metrics and example answers by split."""
+    """What goes into the card: the certificate, metrics by split (or part of one), and example answers by split."""
 
     effect: dict[str, Any] = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
@@ -56,12 +63,7 @@ class Proof:
 
 
 def prove_made(
-    store: Store,
-    adapter: Adapter,
-    sets: Sequence[HeldOut],
-    task: Mapping[str, Any],
-    base: Base,
-    on_event: Listener,
+    adapter: Adapter, sets: Sequence[HeldOut], task: Mapping[str, Any], base: Base, setting: Setting
 ) -> Proof:
     """Measure an adapter that is in no store yet, as a runtime would serve it.
 
@@ -72,57 +74,119 @@ def prove_made(
         NoEffect: it moves no logit.
         AdapterMismatch: it does not fit the base.
     """
-    runtime = Runtime(base, store, slots=2, batch_size=64, on_event=on_event)
-    answered: dict[object, Evaluation] = {}
-    found = []
-    metrics: dict[str, dict[str, float]] = {}
-    examples: dict[str, Any] = {}
+    runtime = Runtime(base, setting.store, slots=2, batch_size=64, on_event=setting.on_event)
     try:
         with quiet():
             held = runtime.attach(adapter, make_task(task) if task.get("type") else None)
             effect = measure(runtime, held)
-            for one in sets:
-                told, made = _measured(runtime, adapter, one, task, answered, on_event)
-                found.append(told)
-                if made is not None:
-                    metrics[one.name], examples[one.name] = made.metrics, examples_of(made.answers)
+            bench = _Bench(runtime, adapter, task, setting)
+            parts = [bench.part(one) for one in sets]
+            bench.announce(parts)
+            measured = tuple(bench.measured(part) for part in parts)
     finally:
         runtime.close()
-    return Proof(effect, tuple(found), metrics, examples)
+    return Proof(effect, measured, bench.metrics, bench.examples)
 
 
-def _measured(
-    runtime: Runtime,
-    adapter: Adapter,
-    one: HeldOut,
-    own_task: Mapping[str, Any],
-    answered: dict[object, Evaluation],
-    on_event: Listener,
-) -> tuple[Measured, Evaluation | None]:
-    """One test set; what cannot be measured is told, and ends nothing."""
-    parent = str(one.parent)
-    try:
-        rows = _rows(one)
-        task = make_task(one.task)
-        alone = evaluate(runtime, task, rows, one.parent.ref, on_event, f"measuring {parent} alone")
-        _check_head(adapter, one, own_task)
-        if one.identity not in answered:
-            held = runtime.attach(adapter, task)
-            answered[one.identity] = evaluate(
-                runtime, task, rows, held, on_event, f"measuring {adapter.name} on {one.name}"
-            )
-    except StoreError:
-        raise
-    except _HeadOfAnother as error:
-        return Measured(parent, one.name, len(rows), alone.metrics, None, error.message), None
-    except AdapterHubError as error:
-        return Measured(parent, one.name, reason=error.message), None
-    made = answered[one.identity]
-    return Measured(parent, one.name, len(rows), alone.metrics, made.metrics), made
+@dataclass
+class _Part:
+    """The rows of one test set that are answered, and what is known before.
+
+    Attributes:
+        chosen: their places in the whole set.
+        alone: the parent's metrics, where its card has them.
+    """
+
+    of: HeldOut
+    told: Measured
+    rows: Rows | None = None
+    chosen: Sequence[int] = ()
+    alone: dict[str, float] | None = None
+    headless: str = ""
 
 
-class _HeadOfAnother(Unsupported):
-    """The parent can be measured, and what was made of it cannot."""
+class _Bench:
+    """Answers test sets one after another, each asked and judged alike only once."""
+
+    def __init__(self, runtime: Runtime, adapter: Adapter, task: Mapping[str, Any], setting: Setting) -> None:
+        self.runtime, self.adapter, self.task, self.setting = runtime, adapter, task, setting
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.examples: dict[str, Any] = {}
+        self._answered: dict[object, Evaluation] = {}
+        self._left = self._spent = self._done = 0.0  # rows to answer, seconds for those that were answered
+
+    def part(self, one: HeldOut) -> _Part:
+        """What is to be measured of one test set; what cannot be is told, and ends nothing."""
+        told = Measured(str(one.parent), one.name)
+        try:
+            whole = _rows(one)
+            if not self.setting.rows:
+                return _Part(one, replace(told, of_rows=len(whole), reason="No rows were asked for."))
+            chosen = spread(len(whole), self.setting.rows)
+            some = replace(whole, rows=tuple(whole[i] for i in chosen), lines=tuple(whole.lines[i] for i in chosen))
+            make_task(one.task)
+        except AdapterHubError as error:
+            return _Part(one, replace(told, reason=error.message))
+        card, mark = one.parent.card, self.runtime.base.fingerprint.digest
+        name = part_name(one.split, len(some), len(whole))
+        alone = own_metrics(self.setting.store, one.parent.ref, card, name, mark)
+        told = replace(told, rows=len(some), of_rows=len(whole), alone_since=card.created if alone else "")
+        return _Part(one, told, some, chosen, alone, _other_head(self.adapter, one, self.task))
+
+    def announce(self, parts: Sequence[_Part]) -> None:
+        """Count the answers to come."""
+        asked = set()
+        for part in parts:
+            if part.rows is None:
+                continue
+            self._left += len(part.rows) * (part.alone is None)
+            if not part.headless and part.of.identity not in asked:
+                asked.add(part.of.identity)
+                self._left += len(part.rows)
+
+    def measured(self, part: _Part) -> Measured:
+        """One test set, answered."""
+        if part.rows is None:
+            return part.told
+        one, told, rows = part.of, part.told, part.rows
+        try:
+            task = make_task(one.task)
+            alone = part.alone
+            if alone is None:
+                alone = self._evaluated(rows, one.task, one.parent.ref, f"measuring {told.parent} alone").metrics
+            if part.headless:
+                return replace(told, alone=alone, reason=part.headless)
+            if one.identity not in self._answered:
+                held = self.runtime.attach(self.adapter, task)
+                title = f"measuring {self.adapter.name} on {one.name}"
+                self._answered[one.identity] = self._evaluated(rows, one.task, held, title)
+        except StoreError:
+            raise
+        except AdapterHubError as error:
+            return replace(told, rows=0, alone_since="", reason=error.message)
+        made = self._answered[one.identity]
+        self.metrics[part_name(one.name, told.rows, told.of_rows)] = made.metrics
+        self.examples[one.name] = _examples(made.answers, part.chosen)
+        return replace(told, alone=alone, made=made.metrics)
+
+    def _evaluated(self, rows: Rows, task: Mapping[str, Any], adapter: str | Ref, title: str) -> Evaluation:
+        self.setting.on_event(Stage(f"{title}: {len(rows):,} of {self._left:,.0f} rows to answer{self._time()}"))
+        started = time.perf_counter()
+        found = evaluate(self.runtime, make_task(task), rows, adapter, self.setting.on_event, title)
+        self._spent += time.perf_counter() - started
+        self._done, self._left = self._done + len(rows), self._left - len(rows)
+        return found
+
+    def _time(self) -> str:
+        """How long the rest takes, once some rows were answered."""
+        left = self._spent / self._done * self._left if self._done else 0.0
+        return f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left" if left >= 1 else ""
+
+
+def _examples(answers: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:
+    """As `examples_of`, the rows being those of the whole set."""
+    found = examples_of(answers)
+    return {**found, "rows": [chosen[row] for row in found["rows"]]}
 
 
 def _rows(one: HeldOut) -> Rows:
@@ -138,8 +202,12 @@ def _rows(one: HeldOut) -> Rows:
     return rows
 
 
-def _check_head(adapter: Adapter, one: HeldOut, own_task: Mapping[str, Any]) -> None:
-    """A classifier's answers are the labels of its head, and a mix has one head."""
+def _other_head(adapter: Adapter, one: HeldOut, own_task: Mapping[str, Any]) -> str:
+    """Why an adapter cannot answer a parent's rows: a classifier's answers are the labels of its head, and it has one.
+
+    The parent can be measured nevertheless. "" where it can.
+    """
     headed = adapter.spec.task_type in _HEADED
     if headed and list(one.task.get("labels") or ()) != list(own_task.get("labels") or ()):
-        raise _HeadOfAnother(f"{adapter.name} has a head for other labels than those of {one.parent}.")
+        return f"{adapter.name} has a head for other labels than those of {one.parent}."
+    return ""

@@ -9,18 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..combining.combine import Combined, Layer
+from ..combining.combine import Combined, Layer, Options
 from ..errors import Unsupported
-from ..events import Listener
 from ..formats.card import Card
 from ..names import Ref
-from ..store import Store
-from .combine_base import Ground
-from .combine_data import HeldOut, data_of, held_out
+from .combine_base import Ground, with_base
+from .combine_data import HeldOut, data_of, held_out, part_name
 from .combine_measure import Measured, Proof, prove_made
 from .combine_members import Member
+from .combine_setting import Setting
 from .publish import adapter_summary, libraries
 
+NOT_ASKED = "It was not asked for."
+"""Why a version that was made with `evaluate=False` is not measured."""
 _ROUNDING = 1e-7  # relative: factors stored in float32 have no less
 
 
@@ -32,7 +33,6 @@ class Making:
         primary: the member whose task it has.
         origin: what its card says of the way.
         seed: of what was drawn, where something was.
-        evaluate: whether it is to be measured.
         started: when, by `time.perf_counter`.
     """
 
@@ -40,7 +40,6 @@ class Making:
     members: Sequence[Member]
     primary: Member
     origin: dict[str, Any]
-    evaluate: bool
     started: float
     seed: int | None = None
 
@@ -77,7 +76,7 @@ class Made:
         }
 
 
-def put_made(store: Store, combined: Combined, making: Making, ground: Ground, on_event: Listener) -> Made:
+def put_made(combined: Combined, making: Making, ground: Ground, setting: Setting) -> Made:
     """Measure what was made on the base of `ground`, and store it. Without that base it is stored unmeasured.
 
     Raises:
@@ -87,11 +86,13 @@ def put_made(store: Store, combined: Combined, making: Making, ground: Ground, o
     adapter: Adapter = replace(combined.adapter, name=making.name, card=None, digest="")
     members, task = making.members, dict(making.primary.card.task)
     data, proof = data_of(members, making.primary), Proof()
-    if making.evaluate and ground.base is not None:
+    if setting.evaluate:
+        ground = with_base(ground, members, setting.quantize, setting.device, setting.on_event)
+    if setting.evaluate and ground.base is not None:
         sets = held_out(members, making.primary)
-        proof = prove_made(store, adapter, sets, task, ground.base, on_event)
+        proof = prove_made(adapter, sets, task, ground.base, setting)
         proof = _under_plain_names(proof, sets, data, making.primary)
-    not_measured = "" if proof.effect else ground.missing if making.evaluate else "It was not asked for."
+    not_measured = "" if proof.effect else ground.missing if setting.evaluate else NOT_ASKED
     card = Card(
         adapter=adapter_summary(adapter),
         base=ground.facts,
@@ -114,8 +115,8 @@ def put_made(store: Store, combined: Combined, making: Making, ground: Ground, o
         },
         duration_seconds=round(time.perf_counter() - making.started, 3),
     )
-    ref = store.put(making.name, dict(adapter.files()), card)
-    return Made(ref, store.card(ref), combined, proof.measured, not_measured)
+    ref = setting.store.put(making.name, dict(adapter.files()), card)
+    return Made(ref, setting.store.card(ref), combined, proof.measured, not_measured)
 
 
 def _under_plain_names(proof: Proof, sets: Sequence[HeldOut], data: dict[str, Any], primary: Member) -> Proof:
@@ -123,9 +124,11 @@ def _under_plain_names(proof: Proof, sets: Sequence[HeldOut], data: dict[str, An
     metrics, examples = dict(proof.metrics), dict(proof.examples)
     for split in ("test", "validation"):
         own = HeldOut(primary, split, split, primary.card.task).identity
-        same = next((one.name for one in sets if one.split and one.identity == own and one.name in metrics), None)
-        if split in data and split not in metrics and same is not None:
-            metrics[split], examples[split] = metrics[same], examples[same]
+        pairs = zip(proof.measured, sets, strict=True)
+        same = next((told for told, one in pairs if one.split and one.identity == own and told.made is not None), None)
+        if split in data and split not in examples and same is not None and same.made is not None:
+            metrics[part_name(split, same.rows, same.of_rows)] = same.made
+            examples[split] = examples[same.split]
     return replace(proof, metrics=metrics, examples=examples)
 
 
@@ -133,14 +136,7 @@ def check_size(rank: int | None, error: float | None) -> None:
     """Raise Unsupported unless at most one of a rank and an error (0..1) is wished for."""
     if rank is not None and error is not None:
         raise Unsupported("A rank and an error are both given; each decides the other.", "Give one of them.")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
-        raise Unsupported(f"A rank is a whole number, and {rank!r} is none.", "Give 1 or more.")
-    if error is not None and (not isinstance(error, int | float) or isinstance(error, bool)):
-        raise Unsupported(f"A relative error is a number, and {error!r} is none.", "Give a share such as 0.01.")
-    if rank is not None and rank < 1:
-        raise Unsupported(f"A rank of {rank} holds nothing.", "Give 1 or more.")
-    if error is not None and not 0 < error < 1:
-        raise Unsupported(f"{error:g} is no relative error.", "Give a share between 0 and 1, such as 0.01 for 1 %.")
+    Options(rank=rank, error=error).check_size()
 
 
 def layers_summary(layers: Sequence[Layer]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from ..errors import Unsupported
 from ..events import Listener, Stage, ignore
 from ..names import Ref, check_name
 from ..store import Store
-from .combine_base import FrozenWeights, ground_of, with_base
+from .combine_base import FrozenWeights, ground_of
 from .combine_members import members_of
 from .combine_publish import Made, Making, check_size, put_made
+from .combine_setting import ROWS, Setting
 
 KINDS = ("lora",)
 _LONGEST_NAME = 64
@@ -31,6 +32,7 @@ def convert(
     quantize: str | None = None,
     device: str = "auto",
     evaluate: bool = True,
+    rows: int = ROWS,
     on_event: Listener = ignore,
 ) -> Ref:
     """Bring a version of any method that adds to weights into the form of a LoRA, and store it as a new version.
@@ -42,34 +44,28 @@ def convert(
         rank, error: the rank to keep, or the relative error that may be made.
         name: of the new version; by default the old name with what it became, as sql-r4 or sql-lora.
         base: the adapter's base, loaded or by name. DoRA and IA3 need its weights on this disk.
+        rows: most rows of its test set to measure on, evenly over all of them; 0: none.
 
     Raises:
         Unsupported: a prefix or prompt, which changes no weight; a method that only PEFT's layers know.
         NoEffect: what is left moves no logit.
     """
-    return make_converted(
-        ref, rank=rank, error=error, to=to, name=name, store=store, base=base, quantize=quantize, device=device,
-        evaluate=evaluate, on_event=on_event,
-    ).ref  # fmt: skip
+    setting = Setting(store if store is not None else Store(), base, quantize, device, evaluate, rows, on_event)
+    return make_converted(ref, setting, rank=rank, error=error, to=to, name=name).ref
 
 
 def make_converted(
     ref: str | Ref,
+    setting: Setting,
     *,
     rank: int | None = None,
     error: float | None = None,
     to: str = "lora",
     name: str | None = None,
-    store: Store | None = None,
-    base: Base | str | None = None,
-    quantize: str | None = None,
-    device: str = "auto",
-    evaluate: bool = True,
-    on_event: Listener = ignore,
 ) -> Made:
     """As `convert`, with all that was found on the way."""
-    started = time.perf_counter()
-    store = store if store is not None else Store()
+    started, store, on_event = time.perf_counter(), setting.store, setting.on_event
+    setting.check()
     check_size(rank, error)
     if to not in KINDS:
         raise Unsupported(f"{to!r} is not a method that adapters are converted to.", f"Use {', '.join(KINDS)}.")
@@ -78,18 +74,15 @@ def make_converted(
     adapter = member.adapter(store)
     name = check_name(name) if name is not None else _name_of(member.ref.name, rank, to)
     store.prepare()
-    ground = ground_of(members, base, quantize, device, on_event)
+    ground = ground_of(members, setting.base, setting.quantize, setting.device, on_event)
     on_event(Stage(f"converting {member} to {to}"))
     frozen = FrozenWeights(member, ground.folder, adapter.spec.task_type) if ground.folder is not None else None
     converted = to_lora(
         adapter, weight_of=frozen, bias_of=frozen.bias if frozen else None, rank=rank, error=error, on_event=on_event
     )
-    if evaluate:
-        ground = with_base(ground, members, quantize, device, on_event)
     options = {key: value for key, value in (("rank", rank), ("error", error)) if value is not None}
     origin = {"kind": "converted", "from": kind_of(adapter), "to": to, "options": options}
-    making = Making(name, members, member, origin, evaluate, started)
-    return put_made(store, converted, making, ground, on_event)
+    return put_made(converted, Making(name, members, member, origin, started), ground, setting)
 
 
 def _name_of(name: str, rank: int | None, to: str) -> str:

@@ -19,6 +19,7 @@ from ..store import Move, Store
 from ..tasks.registry import make_task
 from ..tasks.rows import Rows, read_jsonl
 from ..tasks.task import Task
+from .combine_figures import figure_of_made
 from .data import split_rows
 from .figures import Figure, Question, judge_of, own_fingerprint, recorded
 from .own_base import load_own_base
@@ -237,7 +238,8 @@ class _Gate:
     def _known(self, ref: Ref, card: Card, base: str | None, alias: str) -> Figure | None:
         if self.again or base is None:
             return None
-        return recorded(self.store, ref, card, self._question, base, alias)
+        made = figure_of_made(self.store, ref, card, self._question, base)
+        return made or recorded(self.store, ref, card, self._question, base, alias)
 
     def _measured_on(self, card: Card) -> str | None:
         """The fingerprint of the base on which a version is measured, as far as that is known without loading it."""

@@ -8,10 +8,12 @@ import typer
 
 from ..app import command, new_app
 from ..mixing import (
+    ROWS,
     AdaptersArgument,
     ErrorOption,
     NoEvalOption,
     RankOption,
+    RowsOption,
     WeightsOption,
     error_line,
     read_members,
@@ -62,6 +64,7 @@ def run(
     head: Annotated[
         str | None, typer.Option("--head", metavar="REF", help="Whose classification head is kept.")
     ] = None,
+    rows: RowsOption = ROWS,
     no_eval: NoEvalOption = False,
     base: BaseOption = None,
     quantize: QuantizeOption = None,
@@ -81,13 +84,12 @@ def run(
     silence()
     from ...combining.combine import Options
     from ...workflows.combine import make_combined
+    from ...workflows.combine_setting import Setting
 
     options = Options(rank=rank, error=wished, density=kept or 0.0, seed=seed, majority_sign=majority)  # type: ignore[arg-type]
     with reporting() as on_event:
-        made = make_combined(
-            names, method, options, weights=numbers, name=name, head=head, store=opened, base=base, quantize=quantize,
-            device=device, evaluate=not no_eval, on_event=on_event,
-        )  # fmt: skip
+        setting = Setting(opened, base, quantize, device, not no_eval, rows, on_event)
+        made = make_combined(names, method, options, setting, weights=numbers, name=name, head=head)
     origin = made.card.origin
     parts = " + ".join(f"{one['weight']:g} * {one['ref']}" for one in origin["members"])
     show_made(made, as_json, [f"{parts}, by {origin['method']}", error_line(origin)])

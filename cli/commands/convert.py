@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..app import command, new_app
-from ..mixing import ErrorOption, NoEvalOption, RankOption, error_line, read_size, show_made
+from ..mixing import ROWS, ErrorOption, NoEvalOption, RankOption, RowsOption, error_line, read_size, show_made
 from ..opening import open_store, silence
 from ..options import BaseOption, DeviceOption, JsonOption, QuantizeOption, RefArgument, StoreOption
 from ..progress import reporting
@@ -31,6 +31,7 @@ def run(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Of the new version [default: NAME-rN or NAME-lora].")
     ] = None,
+    rows: RowsOption = ROWS,
     no_eval: NoEvalOption = False,
     base: BaseOption = None,
     quantize: QuantizeOption = None,
@@ -46,12 +47,11 @@ def run(
     wished = read_size(rank, error)
     opened = open_store(store)
     silence()
+    from ...workflows.combine_setting import Setting
     from ...workflows.convert import make_converted
 
     with reporting() as on_event:
-        made = make_converted(
-            ref, rank=rank, error=wished, to=to, name=name, store=opened, base=base, quantize=quantize, device=device,
-            evaluate=not no_eval, on_event=on_event,
-        )  # fmt: skip
+        setting = Setting(opened, base, quantize, device, not no_eval, rows, on_event)
+        made = make_converted(ref, setting, rank=rank, error=wished, to=to, name=name)
     origin = made.card.origin
     show_made(made, as_json, [f"{made.card.parents[0]} ({origin['from']}) as {origin['to']}", error_line(origin)])

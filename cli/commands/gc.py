@@ -64,7 +64,7 @@ def run(
     would = "would go" if dry_run else "gone"
     if swept.gone:
         say(f"{counted(len(swept.gone), 'leftovers')} {would}, {size(_total(swept.gone))}")
-    elif not swept.kept:
+    elif not (swept.kept or waiting or searches):
         say("Nothing is left over.")
     say(*_beside(swept, hours))
     for waits in waiting:

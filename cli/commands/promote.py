@@ -107,5 +107,5 @@ def _reused(ref: str, figure: Figure | None) -> list[str]:
     """A line on a figure that was not measured now."""
     if figure is None or figure.source == "now":
         return []
-    occasion = "when it was trained" if figure.source == "card" else "for an earlier decision"
+    occasion = "when it was made" if figure.source == "card" else "for an earlier decision"
     return [f"{ref}: measured {figure.time}, {occasion}; --again measures anew"]

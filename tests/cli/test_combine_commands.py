@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from adapterhub_lite.cli.guard import UsageProblem
-from adapterhub_lite.cli.mixing import read_members, read_share, read_size, share
+from adapterhub_lite.cli.mixing import ROWS, read_members, read_share, read_size, share
 from adapterhub_lite.store import Store
+from adapterhub_lite.workflows import combine_setting
 from tests.cli.conftest import Shop, ahl, told
 
 
@@ -48,9 +49,12 @@ def test_combine_says_what_was_made_and_measured(shelf: Path) -> None:
     assert lines[3].startswith("  moves logits by up to ")
     table = lines.index("")
     assert lines[table + 1].split() == ["PARENT", "METRIC", "ROWS", "ALONE", "MIX@1", "CHANGE"]
-    begun = [line.split()[0] for line in lines[table + 2 : -2] if not line.startswith(" ")]
+    begun = [line.split()[0] for line in lines[table + 2 : -4] if not line.startswith(" ")]
     assert begun == ["parrot@1", "echo@1"]
-    assert "ahl eval mix@1" in lines[-1]
+    created = told("show", "echo@1", "--store", shelf)["card"]["created"]
+    assert lines[-3] == f"echo@1 alone was measured {created}, when it was made."
+    assert lines[-1].startswith("Measure it again with `ahl eval mix@1`")
+    assert "rows to answer" in done.stderr
     shown = ahl("show", "mix", "--store", shelf).stdout.splitlines()
     assert "combined" in shown[0]
     assert [line.split(None, 2)[2] for line in shown if line.startswith("made from")] == [
@@ -72,6 +76,26 @@ def test_a_mix_of_two_tasks_says_how_each_is_measured(shelf: Path, shop: Shop, t
     assert card["metrics"]["test of short@1"] == again["metrics"]
 
 
+def test_some_rows_are_measured_and_said_to_be_some(shelf: Path) -> None:
+    done = ahl("combine", "parrot@1", "echo@1", "--rows", "2", "--name", "part", "--store", shelf)
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("parrot@1") and " 2 of 4 " in line for line in lines)
+    assert lines[-1].startswith("Measure it on all rows with `ahl eval part@1`")
+    assert "test (2 of 4 rows) metrics" in ahl("show", "part", "--store", shelf).stdout
+    none = ahl("combine", "parrot@1", "echo@1", "--rows", "0", "--name", "bare", "--store", shelf)
+    assert "parrot@1: not measured: No rows were asked for." in none.stdout.splitlines()
+    assert none.stdout.splitlines()[-1].startswith("Measure it with `ahl eval bare@1`")
+    assert ahl("convert", "echo@1", "--rank", "1", "--rows", "-1", "--store", shelf).exit_code == 2
+    assert (
+        " 3 of 4 " in ahl("convert", "echo@1", "--rank", "1", "--rows", "3", "--name", "one", "--store", shelf).stdout
+    )
+
+
+def test_the_usual_number_of_rows_is_that_of_the_package() -> None:
+    assert ROWS == combine_setting.ROWS
+
+
 def test_combine_as_json(shelf: Path) -> None:
     found = told("combine", "parrot", "echo@1", "--method", "ties", "--weights", "1,-0.5", "--density", "20%",
                  "--rank", "2", "--store", shelf)  # fmt: skip
@@ -90,11 +114,14 @@ def test_combine_as_json(shelf: Path) -> None:
 
 
 def test_without_evaluation_no_base_is_loaded(shelf: Path) -> None:
-    done = ahl("combine", "parrot", "echo", "--error", "1%", "--method", "svd", "--no-eval", "--store", shelf)
+    done = ahl("combine", "parrot", "echo", "--error", "1%", "--method", "svd", "--no-eval", "--name", "quick",
+               "--store", shelf)  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert "not measured: It was not asked for." in done.stdout
+    assert "Measure it with `ahl eval quick@1`" in done.stdout
+    assert "again" not in done.stdout
     assert "loading" not in done.stderr
-    assert told("show", "parrot-echo-mix", "--store", shelf)["card"]["origin"]["options"] == {"error": 0.01}
+    assert told("show", "quick", "--store", shelf)["card"]["origin"]["options"] == {"error": 0.01}
 
 
 def test_a_mix_works_in_other_commands(shelf: Path, shop: Shop, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_promote_says_what_was_measured_before(shop: Shop, tmp_path: Path) -> No
     created = Store(store).card("parrot@1").created
     first = ahl("promote", "parrot@1", "--to", "prod", "--store", store)
     assert first.exit_code == 0, first.stderr
-    assert f"parrot@1: measured {created}, when it was trained; --again measures anew" in first.stdout.splitlines()
+    assert f"parrot@1: measured {created}, when it was made; --again measures anew" in first.stdout.splitlines()
     assert "loading" not in first.stderr
     anew = ahl("promote", "parrot@1", "--to", "beta", "--again", "--store", store)
     assert "measures anew" not in anew.stdout

@@ -643,3 +643,37 @@ def test_an_embedding_in_plain_peft(tmp_path: Path):
     biased = truth.changes(truth.lora(1, "bias"))
     with pytest.raises(Unsupported, match="lora_bias"):
         combine([(changes_of(read_adapter(tmp_path / "one")), 1.0), (biased, 1.0)], "linear")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"rank": 1.5}, "rank is a whole number"),
+        ({"rank": True}, "rank is a whole number"),
+        ({"error": "x"}, "relative error is a number"),
+        ({"error": True}, "relative error is a number"),
+        ({"density": "x"}, "no share of values"),
+        ({"density": None}, "no share of values"),
+        ({"density": True}, "no share of values"),
+        ({"seed": "x"}, "seed is a whole number"),
+        ({"seed": 1.0}, "seed is a whole number"),
+        ({"seed": True}, "seed is a whole number"),
+        ({"majority_sign": ["total"]}, "no way to elect"),
+    ],
+)
+def test_options_that_are_of_another_type(options: dict[str, Any], why: str):
+    with pytest.raises(Unsupported, match=why):
+        combine(members([truth.lora(1), truth.lora(2)], [1, 1]), "dare_ties", Options(**options))
+
+
+@pytest.mark.parametrize("small", [0, 640])
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare_linear"])
+def test_an_error_below_rounding_is_told_as_what_float32_keeps(
+    method: str, small: int, monkeypatch: pytest.MonkeyPatch
+):
+    """All ranks there are reach any error, whatever the rounding of squares says."""
+    monkeypatch.setattr("adapterhub_lite.combining.streamed._SMALL", small)
+    for seed in range(4):
+        given_ = members([truth.lora(seed), truth.lora(seed + 10, rank=3)], [1, 1])
+        with pytest.raises(Unsupported, match=r"An error of 1e-09 cannot be kept .* of which float32 makes"):
+            combine(given_, method, Options(error=1e-9))

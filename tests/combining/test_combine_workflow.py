@@ -28,6 +28,7 @@ from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
 from adapterhub_lite.tasks.rows import read_jsonl
 from adapterhub_lite.workflows.combine import combine, make_combined
+from adapterhub_lite.workflows.combine_setting import Setting
 from adapterhub_lite.workflows.conflicts import conflicts
 from adapterhub_lite.workflows.convert import convert
 from adapterhub_lite.workflows.data import split_rows
@@ -153,8 +154,9 @@ def test_weights_that_are_not_given(shelf: Shelf, method: str, factors: tuple[fl
 
 
 def test_the_error_in_the_card_is_that_of_the_whole_matrices(shelf: Shelf) -> None:
-    found = make_combined(["sql@1", "tone@1"], "svd", Options(rank=2), weights=[1.0, 1.0], store=shelf.store,
-                          evaluate=False)  # fmt: skip
+    found = make_combined(
+        ["sql@1", "tone@1"], "svd", Options(rank=2), Setting(shelf.store, evaluate=False), weights=[1.0, 1.0]
+    )
     one, two, kept = (deltas(shelf.store, ref) for ref in ("sql@1", "tone@1", found.ref))
     exact = {m: one.get(m, 0.0) + two.get(m, torch.zeros(1, dtype=torch.float64)) for m in {*one, *two}}
     lost = sum(float((exact[m] - kept[m]).square().sum()) for m in exact)
@@ -215,7 +217,7 @@ def test_data_is_kept_by_parent_where_they_differ(shelf: Shelf) -> None:
 
 
 def test_every_parents_test_set_is_answered_by_it_and_alone(shelf: Shelf) -> None:
-    found = make_combined({"sql@1": 1.0, "tone@1": 0.5}, "linear", Options(), store=shelf.store, base=shelf.base)
+    found = make_combined({"sql@1": 1.0, "tone@1": 0.5}, "linear", Options(), Setting(shelf.store, shelf.base))
     assert [(one.parent, one.split, one.rows, one.reason) for one in found.measured] == [
         ("sql@1", "test of sql@1", 5, ""),
         ("tone@1", "test of tone@1", 3, ""),
@@ -242,7 +244,7 @@ def test_every_parents_test_set_is_answered_by_it_and_alone(shelf: Shelf) -> Non
 
 def test_parents_that_agree_have_one_test_set(shelf: Shelf) -> None:
     twin = trained(shelf.store, shelf.base, shelf.folder / "sql", "twin", {**LORA, "rank": 3})
-    found = make_combined(["sql@1", twin], "linear", Options(), store=shelf.store, base=shelf.base)
+    found = make_combined(["sql@1", twin], "linear", Options(), Setting(shelf.store, shelf.base))
     assert set(found.card.data) == {"train", "validation", "test"}
     assert [(one.parent, one.split) for one in found.measured] == [("sql@1", "test"), ("twin@1", "test")]
     assert list(found.card.metrics) == ["test"]
@@ -250,7 +252,7 @@ def test_parents_that_agree_have_one_test_set(shelf: Shelf) -> None:
 
 def test_a_mix_of_mixes_is_measured_on_what_their_parents_were(shelf: Shelf) -> None:
     first = combine({"sql@1": 1.0, "tone@1": 0.5}, store=shelf.store, base=shelf.base, name="first")
-    found = make_combined({"first": 0.5, "sql@1": 0.3}, "linear", Options(), store=shelf.store, base=shelf.base)
+    found = make_combined({"first": 0.5, "sql@1": 0.3}, "linear", Options(), Setting(shelf.store, shelf.base))
     assert found.card.parents == [str(first), "sql@1"]
     assert [(one.parent, one.split) for one in found.measured] == [
         ("first@1", "test of sql@1"), ("first@1", "test of tone@1"), ("sql@1", "test of sql@1"),
@@ -265,8 +267,9 @@ def test_data_that_has_moved_is_told_and_ends_nothing(shelf: Shelf) -> None:
     shelf.put("tone@1", "moved", data={"test": moved})
     shelf.put("sql@1", "none", data={})
     shelf.put("sql@1", "idle", task={})
-    found = make_combined(["sql@1", "moved@1", "none@1", "idle@1"], "linear", Options(), store=shelf.store,
-                          base=shelf.base)  # fmt: skip
+    found = make_combined(
+        ["sql@1", "moved@1", "none@1", "idle@1"], "linear", Options(), Setting(shelf.store, shelf.base)
+    )
     reasons = {one.parent: one.reason for one in found.measured}
     assert reasons["sql@1"] == ""
     assert "is not at" in reasons["moved@1"]
@@ -281,7 +284,9 @@ def test_events_say_how_it_goes(shelf: Shelf) -> None:
     stages = [event.title for event in events if isinstance(event, Stage)]
     assert "combining 0.7 * sql@1 + 0.3 * tone@1 by ties" in stages
     titles = {event.title for event in events if isinstance(event, Progress)}
-    assert {"measuring sql@1 alone", "measuring sql-tone-mix on test of tone@1"} <= titles
+    assert "measuring sql-tone-mix on test of tone@1" in titles
+    assert "measuring sql-tone-mix on test of sql@1: 5 of 8 rows to answer" in stages
+    assert not any("alone" in title for title in titles)  # the parents were measured when they were trained
 
 
 # --- where it works ----------------------------------------------------------------------------------------------
@@ -357,7 +362,7 @@ def test_what_a_foreign_card_claims_is_not_followed_by_what_is_made_of_it(shelf:
     for reader in ("read_hub", "read_jsonl"):
         monkeypatch.setattr(f"adapterhub_lite.workflows.data.{reader}", lambda *given: followed.append(given))
     assert split_rows(shelf.store.card("foreign@1"), "test") is None
-    found = make_combined(["foreign@1", "strange@1"], "linear", Options(), store=shelf.store)
+    found = make_combined(["foreign@1", "strange@1"], "linear", Options(), Setting(shelf.store))
     assert "evil/base" in found.not_measured
     assert "--base evil/base" in found.not_measured
     assert "evil" not in json.dumps({**found.card.base, "data": found.card.data})
@@ -380,7 +385,7 @@ def test_a_dataset_of_the_hub_is_found_again_as_the_parent_found_it(shelf: Shelf
     dataset = {"hub": "org/data", "split": "test", "config": None, "revision": "abc"}
     recipe = {**card.recipe, "data": {**card.recipe["data"], "test": dataset}}
     shelf.put("sql@1", "hubbed", recipe=recipe, data={"test": rows.summary()})
-    found = make_combined(["hubbed@1", "tone@1"], "linear", Options(), store=shelf.store, base=shelf.base)
+    found = make_combined(["hubbed@1", "tone@1"], "linear", Options(), Setting(shelf.store, shelf.base))
     assert found.measured[0].reason == ""
     asked.clear()
     again = evaluate(found.ref, store=shelf.store, base=shelf.base, split="test of hubbed@1", compare=False)
@@ -395,7 +400,7 @@ def test_without_its_base_it_is_stored_unmeasured(shelf: Shelf) -> None:
     gone = {**shelf.store.card("sql@1").base, "name": "/nowhere/base"}
     shelf.put("sql@1", "far", base=gone)
     shelf.put("tone@1", "away", base=gone)
-    found = make_combined(["far@1", "away@1"], "linear", Options(), store=shelf.store)
+    found = make_combined(["far@1", "away@1"], "linear", Options(), Setting(shelf.store))
     assert found.not_measured == "The base /nowhere/base is not on this disk; --base BASE names another place."
     assert (found.card.effect, found.card.metrics, found.measured) == ({}, {}, ())
     assert found.card.origin["not_measured"] == found.not_measured
@@ -410,16 +415,16 @@ def test_a_base_that_has_changed_is_not_measured_on(shelf: Shelf, tmp_path: Path
     (changed / "config.json").write_text(json.dumps({**config, "rope_theta": 999.0, "rms_norm_eps": 1e-3}))
     base = {**shelf.store.card("sql@1").base, "name": str(changed)}
     shelf.put("sql@1", "drifted", base=base)
-    found = make_combined(["drifted@1"], "linear", Options(), weights=[0.5], store=shelf.store)
+    found = make_combined(["drifted@1"], "linear", Options(), Setting(shelf.store), weights=[0.5])
     assert "config differ" in found.not_measured
     with pytest.raises(BaseMismatch):
         combine(["drifted@1"], weights=[0.5], store=shelf.store, base=str(changed))
 
 
 def test_its_own_base_is_loaded_where_it_is_on_the_disk(shelf: Shelf) -> None:
-    found = make_combined(["sql@1", "tone@1"], "linear", Options(), store=shelf.store)
+    found = make_combined(["sql@1", "tone@1"], "linear", Options(), Setting(shelf.store))
     assert (found.not_measured, len(found.measured)) == ("", 2)
-    asked = make_combined(["sql@1", "tone@1"], "linear", Options(), store=shelf.store, evaluate=False)
+    asked = make_combined(["sql@1", "tone@1"], "linear", Options(), Setting(shelf.store, evaluate=False))
     assert (asked.not_measured, asked.card.effect) == ("It was not asked for.", {})
 
 
@@ -440,8 +445,9 @@ def test_an_adapter_of_unknown_base_needs_the_base_named(shelf: Shelf) -> None:
     shelf.put("tone@1", "stray", base=unknown, origin={"kind": "imported"}, recipe=None)
     with pytest.raises(Unsupported, match=r"stray@1 tells no fingerprint.*--base some/base"):
         combine(["sql@1", "stray@1"], store=shelf.store)
-    found = make_combined({"sql@1": 0.5, "stray@1": 1.0}, "linear", Options(), store=shelf.store,
-                          base=str(shelf.base.source.folder))  # fmt: skip
+    found = make_combined(
+        {"sql@1": 0.5, "stray@1": 1.0}, "linear", Options(), Setting(shelf.store, str(shelf.base.source.folder))
+    )
     assert found.card.base == {**shelf.store.card("sql@1").base, "name": str(shelf.base.source.folder)}
     assert found.card.effect
     peers.assert_logits_equal(shelf.logits(found.ref), brute(shelf, {"sql@1": 0.5, "tone@1": 1.0}), 2e-5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterhub_lite.combining.changes import Change, Changes
+from adapterhub_lite.combining.changes import Change, Changes, changes_of
 from adapterhub_lite.combining.conflicts import ConflictReport, conflicts
 from adapterhub_lite.combining.low_rank import LowRank
 from adapterhub_lite.combining.streamed import BLOCK
@@ -16,6 +16,7 @@ from adapterhub_lite.errors import AdapterMismatch, Unsupported
 from adapterhub_lite.events import Progress
 from adapterhub_lite.formats.specs import LoraSpec
 from adapterhub_lite.workflows.conflicts_plot import draw_conflicts
+from tests.combining import truth
 
 Q, V, MLP = "model.layers.0.q_proj", "model.layers.0.v_proj", "model.layers.10.mlp"
 
@@ -278,3 +279,14 @@ def test_the_plain_form_is_json_and_the_picture_a_png(tmp_path: Path) -> None:
     assert "the 30 of 66 pairs that agree least" in (tmp_path / "many.svg").read_text()
     with pytest.raises(Unsupported, match="does not end in"):
         draw_conflicts(report, tmp_path / "conflicts.gif")
+
+
+def test_a_change_of_full_rank_is_not_taken_for_none() -> None:
+    dora = truth.lora(3, "dora")
+    with pytest.raises(Unsupported, match="dora-3 is of full rank"):
+        conflicts([(changes_of(dora, truth.weight_of, whole=True), 1.0), (truth.changes(truth.lora(1)), 1.0)])
+
+
+def test_weights_that_are_too_large_are_to_blame() -> None:
+    with pytest.raises(AdapterMismatch, match=r"too large to compare.*smaller weights"):
+        conflicts([(truth.changes(truth.lora(seed)), 1e200) for seed in (1, 2)])

@@ -20,6 +20,7 @@ from adapterhub_lite.recipe import load_recipe
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
 from adapterhub_lite.workflows.combine import combine, make_combined
+from adapterhub_lite.workflows.combine_setting import Setting
 from adapterhub_lite.workflows.conflicts import conflicts
 from adapterhub_lite.workflows.convert import convert, make_converted
 from adapterhub_lite.workflows.publish import base_summary
@@ -62,7 +63,7 @@ def imported(store: Store, base: Base, folder: Path, family: str, name: str, set
 def test_a_smaller_rank_is_the_best_one_and_is_measured(store: Store, tiny_base: Any, tmp_path: Path) -> None:
     base = tiny_base("llama")
     trained(store, base, tmp_path / "data", "sql", {"type": "lora", "rank": 6, "alpha": 12})
-    found = make_converted("sql@1", rank=2, store=store, base=base)
+    found = make_converted("sql@1", Setting(store, base), rank=2)
     assert str(found.ref) == "sql-r2@1"
     card = found.card
     assert (card.parents, card.origin["kind"], card.origin["from"], card.origin["to"]) == (
@@ -106,7 +107,7 @@ def test_methods_of_their_own_become_lora(store: Store, tiny_base: Any, tmp_path
     base = tiny_base("llama")
     settings = getattr(peft, kind)(r=2, alpha=4, target_modules=["q_proj", "down_proj"], init_weights=False)
     ref, _ = imported(store, base, tmp_path, "llama", "other", settings)
-    found = make_converted(ref, store=store, base=base)
+    found = make_converted(ref, Setting(store, base))
     assert (found.card.origin["from"], found.card.adapter["type"]) == (kind.removesuffix("Config").lower(), "lora")
     peers.assert_logits_equal(logits(base, store, found.ref), logits(base, store, ref), 1e-4)
 
@@ -135,7 +136,7 @@ def test_dora_is_read_from_the_checkpoint_as_its_base_computes(
     """At full rank nothing is lost: the same logits. Weights that were quantised go that way before they are read."""
     base = tiny_base("llama", quantize, hidden_size=64, intermediate_size=128)
     trained(store, base, tmp_path / "data", "dora", {"type": "dora", "rank": 2, "alpha": 4})
-    found = make_converted("dora@1", rank=64, store=store, base=base)
+    found = make_converted("dora@1", Setting(store, base), rank=64)
     assert (found.card.origin["from"], found.card.adapter["type"]) == ("dora", "lora")
     assert found.card.origin["error"] < 1e-5
     before, after = logits(base, store, "dora@1"), logits(base, store, found.ref)
@@ -200,7 +201,7 @@ def test_ia3_with_the_layers_own_biases(store: Store, tmp_path: Path, family: st
     targets = {"gpt2": ["c_attn", "mlp.c_proj"], "llama": ["k_proj", "v_proj", "down_proj"]}[family]
     settings = peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=targets[-1:])
     ref, theirs = imported(store, base, tmp_path, family, "factors", settings)
-    found = make_converted(ref, store=store, base=base)
+    found = make_converted(ref, Setting(store, base))
     assert found.card.origin["from"] == "ia3"
     peers.assert_logits_equal(logits(base, store, found.ref), peers.logits(theirs), 1e-4)
     half = combine([(ref, 0.5)], store=store, base=base)
@@ -231,8 +232,9 @@ def test_a_mix_of_classifiers_has_one_head(store: Store, tiny_base: Any, tmp_pat
     moods(store, base, tmp_path / "c", "words", names)
     with pytest.raises(Unsupported, match=r"each bring a head.*--head"):
         combine(["one@1", "two@1"], store=store, base=base)
-    found = make_combined({"one@1": 0.4, "two@1": 0.5, "words@1": 0.9}, "linear", Options(), head="one", store=store,
-                          base=base)  # fmt: skip
+    found = make_combined(
+        {"one@1": 0.4, "two@1": 0.5, "words@1": 0.9}, "linear", Options(), Setting(store, base), head="one"
+    )
     assert found.card.task == store.card("one@1").task  # not the heaviest one's: its head is another
     assert found.card.origin["head"] == "one@1"
     told = {one.parent: one for one in found.measured}
@@ -271,6 +273,6 @@ def test_the_only_head_decides_the_task(store: Store, tiny_base: Any, tmp_path: 
 def test_a_converted_classifier_keeps_head_and_labels(store: Store, tiny_base: Any, tmp_path: Path) -> None:
     base = tiny_base("bert")
     moods(store, base, tmp_path / "a", "one")
-    found = make_converted("one@1", store=store, base=base)
+    found = make_converted("one@1", Setting(store, base))
     assert found.measured[0].made == found.measured[0].alone
     peers.assert_logits_equal(logits(base, store, found.ref), logits(base, store, "one@1"), 1e-5)

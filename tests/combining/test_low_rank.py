@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub_lite.combining.low_rank import LowRank, svds
-from adapterhub_lite.combining.streamed import Streamed, brought_to_rank, largest
+from adapterhub_lite.combining.streamed import Streamed, _counted, brought_to_rank, largest
 from adapterhub_lite.errors import Unsupported
 from tests.combining.truth import best_error, relative
 
@@ -185,6 +185,14 @@ def spectra() -> dict[str, torch.Tensor]:
 SPECTRA = spectra()
 
 
+@pytest.fixture(params=["all products", "a space that is grown"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices have a way of their own; large ones' is taken by making none small."""
+    if request.param != "all products":
+        monkeypatch.setattr("adapterhub_lite.combining.streamed._SMALL", 0)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rank", [1, 6, 16, 200])
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_rows_are_brought_to_the_best_of_a_rank(kind: str, rank: int):
@@ -198,6 +206,7 @@ def test_rows_are_brought_to_the_best_of_a_rank(kind: str, rank: int):
     assert found.norm == pytest.approx(float(dense.norm()))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("wished", [0.9, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_rows_are_brought_to_the_least_rank_within_an_error(kind: str, wished: float):
@@ -208,17 +217,20 @@ def test_rows_are_brought_to_the_least_rank_within_an_error(kind: str, wished: f
     assert best_error(dense, found.matrix.rank - 1) > wished * (1 - 1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_an_error_that_needs_too_large_a_rank_is_refused():
     with pytest.raises(Unsupported, match="more than 10"):
         brought_to_rank(streamed(SPECTRA["flat"]), None, 0.01, 10)
 
 
+@pytest.mark.usefixtures("way")
 def test_an_error_with_a_rank_is_aimed_at():
     found = brought_to_rank(streamed(SPECTRA["flat"]), 5, 0.01, 1024)
     assert found.matrix.rank == 5
     assert found.error == pytest.approx(best_error(SPECTRA["flat"], 5), rel=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_rows_of_zeros_are_of_rank_0():
     found = brought_to_rank(streamed(torch.zeros(5, 6, dtype=torch.float64)), 3, None, 1024)
     assert (found.matrix.rank, found.error, found.norm) == (0, 0.0, 0.0)
@@ -231,7 +243,9 @@ def test_many_columns_converge_with_restarts():
     assert found.error <= best_error(dense, 3) * (1 + 1e-4)
 
 
-def test_no_block_is_larger_than_said():
+def test_no_block_is_larger_than_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("adapterhub_lite.combining.streamed._HELD", 0)
+    monkeypatch.setattr("adapterhub_lite.combining.streamed._SMALL", 0)
     seen = []
 
     def rows(start: int, stop: int) -> torch.Tensor:
@@ -244,8 +258,11 @@ def test_no_block_is_larger_than_said():
     assert max(seen) <= 1000
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("held", [0, 1 << 21])
 @pytest.mark.parametrize("block", [1, 50, 999, 1 << 20])
-def test_the_size_of_blocks_changes_nothing(block: int):
+def test_the_size_of_blocks_changes_nothing(block: int, held: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("adapterhub_lite.combining.streamed._HELD", held)
     dense = SPECTRA["sparse"]
     assert largest(streamed(dense, block), 123) == largest(streamed(dense), 123)
     found, other = (brought_to_rank(streamed(dense, size), 4, None, 1024) for size in (block, 64))
@@ -268,11 +285,12 @@ def test_the_largest_magnitude_is_exact(values: list[float], data: st.DataObject
     count = data.draw(st.integers(1, len(values)))
     dense = torch.tensor(values, dtype=torch.float64)[:, None]
     expected = sorted((abs(v) for v in values), reverse=True)[count - 1]
-    assert largest(streamed(dense, 7), count) == expected
+    assert largest(streamed(dense, 7), count) == _counted(streamed(dense, 7), count) == expected
 
 
 def test_the_largest_magnitude_among_very_many_alike(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("adapterhub_lite.combining.streamed._GATHERED", 3)
+    monkeypatch.setattr("adapterhub_lite.combining.streamed._HELD", 0)
     generator = torch.Generator().manual_seed(0)
     dense = 1 + 1e-9 * torch.rand(40, 50, dtype=torch.float64, generator=generator)
     dense[:10] = -1.5

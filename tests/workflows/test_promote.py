@@ -519,7 +519,7 @@ def test_another_judge_or_metric_is_measured(trained, base, measured):
     assert promote("mine@4", "x", store=trained.store, base=base).candidate_figure.source == "now"
 
 
-@pytest.mark.parametrize("origin", [{"kind": "imported"}, {"kind": "combined"}, {}])
+@pytest.mark.parametrize("origin", [{"kind": "imported"}, {"kind": "found"}, {}])
 def test_figures_of_another_origin_are_no_evidence(shelf, base, measured, origin):
     shelf.put(1, shelf.rows("test.jsonl", {1: 4}), **{**trained_card(1.0), "origin": origin})
     assert promote("mine@1", "prod", store=shelf.store, base=base).candidate_value == 0.4
