@@ -30,7 +30,7 @@ def rewritten(adapter: Adapter, facts: Facts, reader: Reader) -> Adapter:
     pairs = served_pairs(facts)
     alpha = float(facts.rank)
     if kept_as_stored(facts, reader):
-        alpha = round(alpha * next(iter(pairs.values())).scale, 9)  # as it was stored
+        alpha = _stored_alpha(alpha, next(iter(pairs.values())).scale, adapter.spec)
     else:
         pairs = same_dtype({name: padded(folded(pair), facts.rank) for name, pair in pairs.items()})
     spec = LoraSpec(
@@ -44,6 +44,12 @@ def rewritten(adapter: Adapter, facts: Facts, reader: Reader) -> Adapter:
         revision=adapter.spec.revision,
     )
     return Adapter(spec, {**_tensors(pairs), **facts.pairs.heads}, name=adapter.name, finite=adapter.finite)
+
+
+def _stored_alpha(rank: float, scale: float, spec: object) -> float:
+    """The alpha that gives this scale: the version's own where it does, so that no division rounds it."""
+    own = spec.alpha if isinstance(spec, LoraSpec) else 0.0
+    return own if own / rank == scale else float(f"{rank * scale:.12g}")
 
 
 def served_pairs(facts: Facts) -> dict[str, Pair]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -200,10 +201,30 @@ def made(source: Place, edit: Edit | None, name: str) -> torch.Tensor:
             block = torch.empty(min(rows, source.rows - start), source.columns, dtype=source.dtype)
             source.read(fd, start, block)
             if not opened.into(block, start, whole[start : start + len(block)]):
-                raise not_finite(name)
+                source.read(fd, start, block)
+                raise not_finite(name, block)
         return whole.view(source.shape)
     finally:
         os.close(fd)
+
+
+def same_bytes(one: Place, other: Place) -> bool:
+    """Whether two tensors are stored alike: dtype, shape and every byte; compared some rows at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    rows = block_rows(one, None, _AT_ONCE)
+    with ExitStack() as stack:
+        files = []
+        for place in (one, other):
+            files.append(os.open(place.path, os.O_RDONLY))
+            stack.callback(os.close, files[-1])
+        for start in range(0, one.rows if one.nbytes else 0, rows):
+            blocks = [torch.empty(min(rows, one.rows - start), one.columns, dtype=one.dtype) for _ in files]
+            for place, fd, block in zip((one, other), files, blocks, strict=True):
+                place.read(fd, start, block)
+            if bytes_of(blocks[0]) != bytes_of(blocks[1]):
+                return False
+    return True
 
 
 def block_rows(source: Place, edit: Edit | None, nbytes: int) -> int:
@@ -215,8 +236,10 @@ def block_rows(source: Place, edit: Edit | None, nbytes: int) -> int:
     return max(step, most // step * step)
 
 
-def not_finite(name: str) -> AdapterMismatch:
-    """The error of values that are no numbers."""
+def not_finite(name: str, own: torch.Tensor) -> AdapterMismatch | BaseUnavailable:
+    """The error of values that are no numbers: the adapter's fault, unless the base's `own` are none already."""
+    if not bool(torch.isfinite(own).all()):
+        return BaseUnavailable(f"The checkpoint's {name} holds values that are not finite.", "Get it anew.")
     return AdapterMismatch(f"Merging into {name} gives values that are not finite.", "Do not use this adapter.")
 
 

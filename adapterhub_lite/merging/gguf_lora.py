@@ -73,7 +73,7 @@ def write_gguf_lora(
     def done(count: int) -> None:
         nonlocal written
         written += count
-        on_event(Progress("writing GGUF", written, total, "bytes"))
+        on_event(Progress("writing GGUF", written, total, "B"))
 
     write_file(fs or FileSystem(), path, metadata, bodies, done)
 

@@ -9,6 +9,7 @@ otherwise is refused, since a model that is served other tokens than it was trai
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ _SPLITS = {
     (_WORDS % "", False): "qwen2",
     (_TEKKEN, True): "tekken",
 }
+_TEMPLATES, _TEMPLATE = 32, 1 << 20  # named ones beside the default, and characters of each
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _HINT = "Write safetensors, or convert that folder with llama.cpp's own convert_hf_to_gguf.py."
 
 
@@ -83,7 +86,7 @@ def add_tokenizer(metadata: Metadata, folder: Path, config: Any, on_event: Liste
         metadata.reals(Keys.Tokenizer.SCORES, vocabulary.scores)
     metadata.flag(Keys.Tokenizer.ADD_PREFIX, prefixed)
     _add_specials(metadata, tokenizer, config)
-    _add_templates(metadata, tokenizer.chat_template)
+    _add_templates(metadata, tokenizer.chat_template, on_event)
 
 
 def _load(folder: Path) -> Any:
@@ -265,16 +268,23 @@ def _add_specials(metadata: Metadata, tokenizer: Any, config: Any) -> None:
     raise _unlike("it puts other tokens around a text than one at its begin and one at its end")
 
 
-def _add_templates(metadata: Metadata, template: Any) -> None:
+def _add_templates(metadata: Metadata, template: Any, on_event: Listener) -> None:
+    """The default template, and the others as far as their names can be part of a key."""
     named = template if isinstance(template, dict) else {"default": template} if template else {}
-    others = [name for name in named if name != "default"]
     if not all(isinstance(text, str) for text in named.values()):
         raise Unsupported("The tokenizer's chat_template is no text.", "Mend tokenizer_config.json of the base.")
-    for name, text in named.items():
+    if len(named.get("default", "")) > _TEMPLATE:
+        raise Unsupported("The tokenizer's chat_template is too long to be one.", "Mend it in the base, or remove it.")
+    others = [name for name in named if name != "default"]
+    kept = [name for name in others if _TEMPLATE_NAME.fullmatch(name) and len(named[name]) <= _TEMPLATE][:_TEMPLATES]
+    if left := [name for name in others if name not in kept]:
+        listed = ", ".join(repr(name[:40]) for name in left[:3]) + (", ..." if len(left) > 3 else "")
+        on_event(Note(f"{len(left)} of the tokenizer's chat templates have no place in a GGUF file: {listed}."))
+    for name in [*(["default"] if "default" in named else []), *kept]:
         key = Keys.Tokenizer.CHAT_TEMPLATE if name == "default" else Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name)
-        metadata.text(key, text)
-    if others:
-        metadata.texts(Keys.Tokenizer.CHAT_TEMPLATES, others)
+        metadata.text(key, named[name])
+    if kept:
+        metadata.texts(Keys.Tokenizer.CHAT_TEMPLATES, kept)
 
 
 def _steps(step: dict[str, Any] | None, inside: str) -> Iterator[dict[str, Any]]:

@@ -117,7 +117,13 @@ def claimed(fs: FileSystem, out: Path, identity: str) -> Iterator[Work]:
     lock = _made_and_locked(fs, folder, out)
     try:
         work = Work(fs, folder, out, identity)
-        work.begin()
+        empty = not any(folder.iterdir())
+        try:
+            work.begin()
+        except OSError:
+            if empty:  # nobody has worked in it, and nothing would tell later whose it is
+                work.remove()
+            raise
         yield work
     finally:
         if lock is not None:

@@ -120,7 +120,7 @@ def _write(fs: FileSystem, plan: MergePlan, base: Path, work: Work, on_event: Li
     def done(count: int) -> None:
         nonlocal written
         written += count
-        on_event(Progress("merging", written, plan.nbytes, "bytes"))
+        on_event(Progress("merging", written, plan.nbytes, "B"))
 
     kept = 0
     for file, tensors in plan.shards.items():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..bases.quantization import linear_layers
 from ..bases.views import View, kind_of
 from ..errors import AdapterMismatch, Unsupported
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, same_bytes
 
 
 class Places:
@@ -71,12 +71,7 @@ class Tie:
 
     def __init__(self, view: View, config: dict[str, Any], checkpoint: Checkpoint) -> None:
         self._config = config
-        model: Any = view.model
-        found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        names = {id(module): name for name, module in view.modules.items()}
-        tied = bool(getattr(view.model.config, "tie_word_embeddings", False))
-        self.output = names.get(id(found), "") if isinstance(found, nn.Linear) and tied else ""
-        self.input = names.get(id(model.get_input_embeddings()), "") if self.output else ""
+        self.output, self.input = _tied_modules(view)
         self.apart = bool(self.input) and _differ(view, checkpoint, f"{self.input}.weight", f"{self.output}.weight")
         if self.apart:
             self.output = self.input = ""
@@ -98,10 +93,36 @@ class Tie:
         return True
 
 
+def with_embeddings(checkpoint: Checkpoint, view: View) -> Checkpoint:
+    """The same where it stores the embeddings; a tied pair that has the output layer's name alone gets theirs.
+
+    transformers fills either of the two from the other, and every format but its own wants the embeddings.
+    """
+    output, source = (f"{name}.weight" if name else "" for name in _tied_modules(view))
+    places = Places(view, checkpoint)
+    if not source or places.there(source) or not places.there(output):
+        return checkpoint
+    stored = places.tensor(output)
+    shards = {
+        file: {source if name == stored else name: info for name, info in tensors.items()}
+        for file, tensors in checkpoint.shards.items()
+    }
+    return replace(checkpoint, shards=shards)
+
+
+def _tied_modules(view: View) -> tuple[str, str]:
+    """Names of the output layer and the embeddings of a model that ties them, else empty."""
+    model: Any = view.model
+    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = {id(module): name for name, module in view.modules.items()}
+    tied = bool(getattr(view.model.config, "tie_word_embeddings", False))
+    output = names.get(id(found), "") if isinstance(found, nn.Linear) and tied else ""
+    return output, names.get(id(model.get_input_embeddings()), "") if output else ""
+
+
 def _differ(view: View, checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Whether a checkpoint stores both tensors, and not the same values."""
     places = Places(view, checkpoint)
     if not places.there(one) or not places.there(other):
         return False
-    first, second = checkpoint.read(places.tensor(one)), checkpoint.read(places.tensor(other))
-    return first.dtype != second.dtype or not torch.equal(first, second)
+    return not same_bytes(checkpoint.place(places.tensor(one)), checkpoint.place(places.tensor(other)))

@@ -27,7 +27,7 @@ from .checkpoint import DTYPES, Checkpoint, Planned, not_finite, planned
 from .dense import Edit
 from .edits import BiasTerm, Edits, changed_bias, edits_of
 from .merged import content_digest, noted, refuse_again
-from .places import Places, Tie, quantised_weights
+from .places import Places, Tie, quantised_weights, with_embeddings
 
 BAKES = ("auto", "dequantised", "original")
 Member = tuple[Adapter, float]
@@ -106,7 +106,7 @@ def plan_merge(
     shards = draft.shards(dtype)
     config = noted(draft.config(labels, dtype), [a.name for a, _ in members], digests, [w for _, w in members])
     identity = _identity(checkpoint, digests, [w for _, w in members], quantization, bake, dtype, labels)
-    return MergePlan(shards, draft.changed, config, bake, quantization, dtype, checkpoint, identity, draft.notes)
+    return MergePlan(shards, draft.changed, config, bake, quantization, dtype, draft.checkpoint, identity, draft.notes)
 
 
 def _check_options(members: Sequence[Member], bake: str, dtype: str) -> None:
@@ -131,8 +131,8 @@ class _Draft:
     """A plan in the making: what all adapters change, by the checkpoint's names."""
 
     def __init__(self, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-        self._checkpoint, self._config = checkpoint, config
         self._view_of: Callable[[str], View] = cache(partial(skeleton_of, config))
+        self._checkpoint, self._config = with_embeddings(checkpoint, self._view_of("default")), config
         self._view: View | None = None  # the class that the merged model has
         self._edits: dict[str, Edit] = {}
         self._biases: dict[str, list[BiasTerm]] = {}
@@ -141,6 +141,11 @@ class _Draft:
         self._apart = False  # the configuration says tied, and the checkpoint holds two tensors
         self._adapted: set[str] = set()
         self.notes: list[str] = []
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What it is made of, by the names that the merged model has."""
+        return self._checkpoint
 
     @property
     def changed(self) -> list[str]:
@@ -252,9 +257,10 @@ def _target(own: torch.dtype, dtype: str) -> torch.dtype:
 
 
 def _bias(checkpoint: Checkpoint, name: str, terms: list[BiasTerm]) -> torch.Tensor:
-    total = changed_bias(checkpoint.read(name).float(), terms)
+    own = checkpoint.read(name).float()
+    total = changed_bias(own, terms)
     if not bool(torch.isfinite(total).all()):
-        raise not_finite(name)
+        raise not_finite(name, own)
     return total
 
 

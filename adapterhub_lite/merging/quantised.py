@@ -32,6 +32,7 @@ from .plan import MergePlan
 from .residual import Factors, directions_of, low_rank, metric_of, residual_adapter_of
 
 KINDS = ("nf4", "int8")
+_WORTH_SAYING = 0.1  # share of the bytes
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,6 +109,7 @@ def quantised_plan(
             name, tensors[every[name]], form, turned, dtype, residual_rank,
             (inputs or {}).get(name), (changes or {}).get(name), made.roundings,
         )  # fmt: skip
+    made.notes.extend(_left(model, tensors, {every[name] for name in linear}))
     parts = {every[name]: layer.planned() for name, layer in made.layers.items()}
     for file, shard in plan.shards.items():
         made.shards[file] = [part for planned in shard for part in parts.get(planned.name, [planned])]
@@ -276,6 +278,28 @@ def _told(odd: list[str]) -> list[str]:
         f"{len(odd)} layers ({odd[0]}, ...) have rows that are no whole blocks of {NF4_BLOCK_SIZE}, which bitsandbytes "
         "does not read rightly on every processor: they are not quantised."
     ]
+
+
+def _left(model: Any, tensors: Mapping[str, Planned], linear: set[str]) -> list[str]:
+    """What to say of matrices in no linear layer, as experts may be that a class computes together."""
+    ends = [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
+    known = {_plain_name(f"{name}.weight", model) for name, module in model.named_modules() if module in ends}
+    left = [
+        one
+        for name, one in tensors.items()
+        if len(one.shape) > 1 and name not in linear and _plain_name(name, model) not in known
+    ]
+    share = sum(one.nbytes for one in left) / max(1, sum(one.nbytes for one in tensors.values()))
+    if share < _WORTH_SAYING:
+        return []
+    return [
+        f"{len(left)} matrices ({left[0].name}, ...), {share:.0%} of the weights, are no linear layers of "
+        f"{type(model).__name__}: they are not quantised."
+    ]
+
+
+def _plain_name(name: str, model: Any) -> str:
+    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _said(kind: str, dtype: torch.dtype, skip: list[str], double_quant: bool) -> dict[str, Any]:

@@ -26,8 +26,10 @@ FORMAT_ERRORS = {
     "int8": 5e-2,
     "nf4": 2e-1,
 }
-INFORMED_ERROR = 1.0
-"""The same for 4-bit codes that were chosen by what a layer reads: they are near in its outputs, not in its weights."""
+INFORMED_ERROR = 0.5
+"""The same for 4-bit codes that were chosen by what a layer reads: they are near in its outputs, not in its weights.
+
+A layer of zeros has an error of 1."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,16 @@ class Thresholds:
 
     @classmethod
     def of(cls, target: str) -> Thresholds:
-        """The defaults for a target: 4 and 8 bits a weight differ from base + adapter by their own rounding."""
+        """The defaults for a target: 4 and 8 bits a weight differ from base + adapter by their own rounding.
+
+        Small models lose most. Of one with 135 million weights, int8 as bitsandbytes computes it, activations rounded
+        too, measured 0.034 nats, 91 % and 3 % of the adapter's effect lost; nf4 by inputs 0.12, 82 % and 10 %. At 0.29
+        nats, 77 % and 25 % its task's metric was halved.
+        """
         if target == "nf4":
-            return cls(max_kl=0.2, min_top1=0.75, max_lost=0.5, max_metric_drop=0.05)
+            return cls(max_kl=0.15, min_top1=0.8, max_metric_drop=0.05)
         if target == "int8":
-            return cls(max_kl=0.03, min_top1=0.9)
+            return cls(max_kl=0.05, min_top1=0.9)
         return cls()
 
 

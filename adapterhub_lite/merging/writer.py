@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import AdapterMismatch
+from ..errors import AdapterHubError, AdapterMismatch
 from ..store.fs import MUTABLE, FileSystem
 from .checkpoint import DTYPES, Checkpoint, Place, Planned, block_rows, bytes_of, cut_short, header_bytes, not_finite
 from .dense import OpenEdit
@@ -105,8 +105,9 @@ def _room(memory: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> 
 def shard_header(checkpoint: Checkpoint | None, file: str, tensors: list[Planned]) -> bytes | Run:
     """The beginning of a shard: that of the checkpoint's own file where its tensors are the same."""
     if checkpoint is not None and file in checkpoint.shards:
-        own = [(name, DTYPES.get(t.dtype), t.shape) for name, t in checkpoint.shards[file].items()]
-        if own == [(p.name, p.dtype, p.shape) for p in tensors]:
+        tensors_of, stored = checkpoint.shards[file], checkpoint.headers[file].tensors
+        own = [(name, DTYPES.get(t.dtype), t.shape) for name, t in tensors_of.items()]
+        if tensors_of.keys() == stored.keys() and own == [(p.name, p.dtype, p.shape) for p in tensors]:
             return Run(checkpoint.folder / file, 0, checkpoint.headers[file].body_offset)
     return header_bytes(tensors)
 
@@ -155,17 +156,39 @@ def made_rows(piece: Rows, sources: Sources, slot: Slot) -> memoryview:
     place.read(sources[place.path], piece.start, source)
     if piece.opened is not None:
         if not piece.opened.into(source, piece.start, target):
-            raise not_finite(planned.name)
+            place.read(sources[place.path], piece.start, source)  # it may have been written over
+            raise _unwritable(piece, source)
     elif target is not source:
         target.copy_(source)
-        if planned.dtype == torch.float16 and bool((torch.isinf(target) & torch.isfinite(source)).any()):
-            raise AdapterMismatch(f"{planned.name} holds values that float16 has no room for.", "Use bfloat16.")
+        _check_room(planned, source, target)
     return bytes_of(target)
+
+
+def _unwritable(piece: Rows, source: torch.Tensor) -> AdapterHubError:
+    """Why made rows are not finite: a dtype that is too narrow, the adapter, or the base."""
+    assert piece.opened is not None
+    exact = torch.empty(source.shape, dtype=torch.float32)
+    if piece.opened.into(source, piece.start, exact):
+        return _too_large(piece.planned)
+    return not_finite(piece.planned.name, source)
+
+
+def _check_room(planned: Planned, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    if planned.dtype == torch.float16 and bool((torch.isinf(rounded) & torch.isfinite(exact)).any()):
+        raise _too_large(planned)
+
+
+def _too_large(planned: Planned) -> AdapterMismatch:
+    dtype = str(planned.dtype).removeprefix("torch.")
+    text = f"{planned.name} holds values that {dtype} has no room for."
+    return AdapterMismatch(text, "Merge to bfloat16 or float32.")
 
 
 def made_whole(planned: Planned) -> memoryview:
     """The bytes of a tensor that is made at once."""
-    made = planned.make().to(planned.dtype).contiguous()
+    exact = planned.make()
+    made = exact.to(planned.dtype).contiguous()
+    _check_room(planned, exact, made)
     if tuple(made.shape) != planned.shape:
         raise ValueError(f"{planned.name}: made {tuple(made.shape)}, planned {planned.shape}")
     return bytes_of(made)

@@ -299,7 +299,8 @@ class _Job:
 def _failure(report: MergeReport, kept: Sequence[Path]) -> MergeFailed:
     failed = "; ".join(map(str, report.failures)) or "nothing could be compared"
     where = f" The report is kept in {kept[0]}." if kept else ""
+    repair = "--residual 8, " if report.to == "nf4" and not report.residual_rank else ""
     return MergeFailed(
         f"The merged model differs too much from base + adapter: {failed}.",
-        f"Nothing was written.{where} Try another --bake or --to, or loosen the thresholds.",
+        f"Nothing was written.{where} Try {repair}another --bake or --to, or loosen the thresholds.",
     )

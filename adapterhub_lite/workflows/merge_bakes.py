@@ -86,13 +86,14 @@ def _figures(
     trial: Trial, bake: str, base: Base, store: Store, first: Measured | None, on_event: Listener
 ) -> BakeFigures:
     plan = trial.plan(bake)
-    tensors = Stored.of_plan(plan, trial.turned)
+    tensors = Stored.of_plan(plan, trial.turned, on_event)
     model = streamed_model(
         plan.config, trial.task_type, base.kind, tensors, keep=first is not None, dtype=base.dtype, device=base.device
     )
     if trial.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
         model.config.pad_token_id = base.pad_id
-    found = BakeFigures(bake, compare_logits(trial.expected, logits_of(model, base, trial.probe.rows, trial.task_type)))
+    got = logits_of(model, base, trial.probe.rows, trial.task_type, on_event)
+    found = BakeFigures(bake, compare_logits(trial.expected, got))
     if first is None:
         return found
     _finish(model)

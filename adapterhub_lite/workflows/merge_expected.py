@@ -23,7 +23,7 @@ from ..bases.skeleton import skeleton_of
 from ..bases.views import View
 from ..formats.specs import LoraSpec
 from ..merging.checkpoint import Checkpoint
-from ..merging.places import Tie, quantised_weights
+from ..merging.places import Tie, quantised_weights, with_embeddings
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Expected:
     def __init__(
         self, checkpoint: Checkpoint, members: Sequence[tuple[Adapter, float]], quantization: str = "none"
     ) -> None:
-        self._checkpoint, self._quantization = checkpoint, quantization
+        self._quantization = quantization
         self._parts: dict[str, list[_Part]] = {}
         self._biases: dict[str, list[tuple[LoraSite, float]]] = {}
         self._heads: dict[str, torch.Tensor] = {}
@@ -56,6 +56,7 @@ class Expected:
         config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
         own = skeleton_of(config, None)
         self._look(own)
+        self._checkpoint = checkpoint = with_embeddings(checkpoint, own)
         self._rounded = set() if quantization == "none" else set(quantised_weights(own, checkpoint))
         for adapter, weight in members:
             self._add(skeleton_of(config, adapter.spec.task_type), config, adapter, weight)

@@ -15,7 +15,7 @@ from ..bases.load import Base
 from ..bases.quiet import quiet
 from ..errors import Unsupported
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..events import Listener, Stage, ignore
+from ..events import Listener, Progress, Stage, ignore
 from ..merging.checkpoint import Checkpoint
 from ..merging.inputs import Inputs, inputs_of
 from ..merging.residual import Factors
@@ -101,7 +101,7 @@ class Served:
         modules = {n: m for n, m in base.view(fitted.task_type).modules.items() if is_linear(m) or is_conv1d(m)}
 
         def run() -> None:
-            for row in rows:
+            for done, row in enumerate(rows, 1):
                 ids = torch.tensor([row], device=base.device)
                 more = {}
                 if base.kind == "seq2seq":
@@ -109,6 +109,7 @@ class Served:
                     more = {"decoder_input_ids": torch.tensor([start], device=base.device)}
                 model: Any = base.model.base_model if base.kind == "encoder" else base.model
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+                self._on_event(Progress("looking at what the layers read", done, len(rows), "rows"))
 
         with base.lock, quiet():
             found = inputs_of(modules, fitted.sites, run)
@@ -130,9 +131,11 @@ class Served:
 
     def _logits(self, rows: list[list[int]], adapter: Any) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
+        title = "logits of base + adapter" if adapter is not None else "logits of the base"
         for start in range(0, len(rows), 8):
             part = rows[start : start + 8]
             found += [t.float().cpu() for t in self._runtime.logits(part, adapter, decoder_rows(self._base, part))]
+            self._on_event(Progress(title, len(found), len(rows), "rows"))
         return found
 
 
@@ -180,7 +183,7 @@ class Streamed:
         model = streamed_model(config, self._task_type, self._base.kind, tensors, device=self._base.device)
         if self._task_type == "SEQ_CLS" and model.config.pad_token_id is None:
             model.config.pad_token_id = self._base.pad_id
-        return logits_of(model, self._base, rows, self._task_type)
+        return logits_of(model, self._base, rows, self._task_type, self._on_event)
 
 
 def headed_type(adapters: Sequence[Adapter]) -> str | None:

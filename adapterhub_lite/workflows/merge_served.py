@@ -17,6 +17,7 @@ from ..bases.load import Base
 from ..bases.memory import keep_working_copies, measure
 from ..bases.quantization import make_exact_on_cpu
 from ..bases.quiet import quiet
+from ..errors import Unsupported
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..events import Listener, Progress, ignore
 from ..merging.gguf_names import Layout
@@ -68,12 +69,21 @@ def plain_model(merged: Merged, base: Base) -> Any:
         more = {"use_safetensors": True, "device_map": {"": str(base.device)}}
     with quiet(), _without_bar():
         model = loader.from_pretrained(merged.folder, dtype=base.dtype, local_files_only=True, **more)
-    if merged.kind not in ("nf4", "int8"):
+    if merged.kind in ("nf4", "int8"):
+        _cast(model, base.dtype)
+    else:
         model = model.to(base.device)
     model = model.requires_grad_(False).eval()
     if merged.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
         model.config.pad_token_id = base.pad_id
     return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Bring what is not quantised to a dtype; of quantised checkpoints transformers reads it as it is stored."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
@@ -119,8 +129,21 @@ def _forward(model: Any, base: Base, rows: list[list[int]], task_type: str | Non
         given = [[base.config.decoder_start_token_id, *row] for row in decoder_rows(base, rows) or []]
         arguments["decoder_input_ids"] = pad_rows(given, base.pad_id, left=False)[0].to(base.device)
     with torch.inference_mode(), quiet():
-        logits = model(**arguments).logits.float().cpu()
+        try:
+            logits = model(**arguments).logits.float().cpu()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # as where a forward reads weights of layers that it does not call
+            raise _does_not_compute(model, error) from error
     return list(logits) if classifies else [logits[i, : len(row)] for i, row in enumerate(given)]
+
+
+def _does_not_compute(model: Any, error: RuntimeError) -> Unsupported:
+    """The error of a class whose forward cannot use weights that are quantised, or come one layer at a time."""
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    hint = "Merge to float weights." if quantised else "Verify its tensors alone with --verify weights."
+    return Unsupported(f"{type(model).__name__} does not compute with weights in this form: {said}.", hint)
 
 
 def decoder_rows(base: Base, rows: Sequence[list[int]]) -> list[list[int]] | None:

@@ -14,6 +14,7 @@ import torch
 
 from ..adapters.adapter import Adapter
 from ..adapters.lora import PREFIX
+from ..events import Listener, Progress, ignore
 from ..merging.checkpoint import DTYPES, Checkpoint
 from ..merging.plan import MergePlan
 
@@ -54,11 +55,14 @@ class Stored:
         return cls(checkpoint.read, {name: DTYPES[info.dtype] for name, info in checkpoint.tensors.items()}, turned)
 
     @classmethod
-    def of_plan(cls, plan: MergePlan, turned: Collection[str] = ()) -> Stored:
+    def of_plan(cls, plan: MergePlan, turned: Collection[str] = (), on_event: Listener = ignore) -> Stored:
         """Those that a plan would write, rounded as it would round them; nothing is written."""
         planned = {one.name: one for tensors in plan.shards.values() for one in tensors}
+        seen: set[str] = set()
 
         def read(name: str) -> torch.Tensor:
+            seen.add(name)
+            on_event(Progress("making the merged weights", len(seen), len(planned), "tensors"))
             return planned[name].make().to(planned[name].dtype)
 
         return cls(read, {name: one.dtype for name, one in planned.items()}, turned)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,13 +16,15 @@ from ..app import command, new_app
 from ..opening import open_store, silence
 from ..options import BaseOption, DeviceOption, JsonOption, QuantizeOption, StoreOption
 from ..progress import reporting
-from ..render import emit, printable, say
+from ..render import emit, printable, remark, say
 
 if TYPE_CHECKING:
     from ...merging.report import MergeReport, Thresholds
 
 app = new_app()
 
+_TERMINATED = 128 + signal.SIGTERM
+_BROKEN_OFF = "broken off; no folder appeared, and the same command goes on with what is durable"
 _FORMS = "auto (the checkpoint's types), float32, bfloat16, float16, nf4, int8, gguf-f16 or gguf-q8_0."
 _BAKES = "Into which weights of a quantised base: dequantised (those it computed with) or original; auto tries both."
 RefsArgument = Annotated[
@@ -70,7 +77,7 @@ RowsOption = Annotated[
     "ahl merge sql:prod --out merged/ --to gguf-q8_0",
     "ahl merge sql:prod --out merged/ --to nf4 --residual 8 --max-kl 0.05",
     name="merge",
-    interrupted="interrupted; no folder appeared, and the same command goes on from what was done",
+    interrupted=_BROKEN_OFF,
 )
 def run(
     refs: RefsArgument,
@@ -100,7 +107,7 @@ def run(
     """
     opened = open_store(store)
     silence()
-    with reporting() as on_event:
+    with _as_interrupt(), reporting() as on_event:
         from ...workflows.merge import merge
         from ...workflows.merge_request import numbers_of
 
@@ -122,6 +129,30 @@ def run(
             on_event=on_event,
         )
     _render(report, as_json)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM asked to end."""
+
+
+@contextmanager
+def _as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a merge as Ctrl-C does: what is durable is kept, what is not is cleared away."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # somebody else listens
+        return
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, heard)
+    try:
+        yield
+    except _Terminated:
+        remark(_BROKEN_OFF)
+        raise SystemExit(_TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _limits(to: str, *given: float | None) -> Thresholds:

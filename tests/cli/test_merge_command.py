@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +105,41 @@ def test_what_cannot_be_is_refused_with_the_reason(shop: Shop, tmp_path: Path, a
     assert result.exit_code == 1
     assert says in result.stderr
     assert not (tmp_path / "merged").exists()
+
+
+_STOPPED = """
+import os, signal, sys, time
+from adapterhub_lite.merging import merge
+from adapterhub_lite.merging.journal import Work
+from adapterhub_lite.cli.app import run
+
+own = Work.note
+def note(work, file):
+    own(work, file)
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(30)
+Work.note = note
+sys.exit(run(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_merge_that_is_stopped_says_how_to_go_on(shop: Shop, tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "merged"
+    arguments = ["merge", "parrot", "--out", str(out), "--verify", "weights", "--store", str(shop.store)]
+    ended = subprocess.run(
+        [sys.executable, "-c", _STOPPED, str(int(number)), *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == code, ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last == "broken off; no folder appeared, and the same command goes on with what is durable"
+    assert not out.exists()
+    assert len(list(tmp_path.glob(".merged.merging-*"))) == 1
+    again = ahl(*arguments)
+    assert again.exit_code == 0, again.stderr
+    assert "taken over" in again.stderr
+    assert [path.name for path in tmp_path.iterdir() if "merg" in path.name] == ["merged"]

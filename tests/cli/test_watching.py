@@ -298,6 +298,13 @@ def test_a_damaged_run_is_listed_all_the_same(shop: Shop, tmp_path: Path) -> Non
     assert ahl("runs", "--store", tmp_path / "store").exit_code == 0
 
 
+def test_gc_does_not_say_that_nothing_is_left_beside_a_run(shop: Shop, tmp_path: Path) -> None:
+    broken_off(shop, tmp_path / "store")
+    said = ahl("gc", "--dry-run", "--store", tmp_path / "store").stdout
+    assert "run of parrot, broken off after step" in said
+    assert "Nothing is left over" not in said
+
+
 def test_versions_of_the_log_are_told() -> None:
     assert event_log.VERSION == 1
     with pytest.raises(Unsupported):

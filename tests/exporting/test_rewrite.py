@@ -99,6 +99,18 @@ def test_every_export_keeps_every_change(rank_pattern, alpha_pattern, rslora, ra
     assert len({tensor.dtype for tensor in made.tensors.values()}) == 1
 
 
+@pytest.mark.parametrize("alpha", [1e-6, 3.3e-10, 1 / 3, 7.0, 1e12 / 3])
+@pytest.mark.parametrize("pattern", [False, True])
+def test_an_alpha_of_any_size_is_written_as_it_is(alpha, pattern):
+    spec = LoraSpec(3, 1.0 if pattern else alpha, ("q_proj",), {}, {"q_proj": alpha} if pattern else {})
+    pair = pair_of(3, 1.0, torch.float32)
+    tensors = {f"{PREFIX}{NAMES[0]}.lora_{part}.weight": t for part, t in (("A", pair.down), ("B", pair.up))}
+    made = prepare(Adapter(spec, tensors, name="mine@1"), READERS["vllm"], Asked()).adapter
+    assert made is not None
+    assert isinstance(made.spec, LoraSpec)
+    assert made.spec.alpha == pytest.approx(alpha, rel=1e-11 if pattern else 0)
+
+
 def base(*names: str) -> BaseFacts:
     config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return BaseFacts(config, dict.fromkeys(names, (12, 10)), "model", False, False)

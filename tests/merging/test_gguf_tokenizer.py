@@ -15,6 +15,8 @@ from transformers.tokenization_utils_base import generate_merges
 from adapterhub_lite.errors import FormatError, Unsupported
 from adapterhub_lite.events import Event, Note
 from adapterhub_lite.merging.gguf_model import write_gguf
+from adapterhub_lite.merging.gguf_tokenizer import _add_templates
+from adapterhub_lite.merging.gguf_writer import Metadata
 from tests.merging import gguf_models as tiny
 
 ESCAPES = ["<|im_start|>user\nHi<|im_end|>", "x<tool>y", "<|endoftext|>"]
@@ -99,6 +101,22 @@ def test_several_templates_are_kept(tmp_path):
     fields, _, _ = tiny.read(written(tmp_path, own))
     assert fields["tokenizer.chat_template"] == "a{{ messages }}"
     assert fields["tokenizer.chat_template.tools"] == "b{{ messages }}"
+
+
+def test_names_of_templates_that_are_no_part_of_a_key_are_left_out_and_said():
+    metadata, events = Metadata(), []
+    odd = ["", "a.b", "a b", "a\nb", "\u00e4", "x" * 65, "long"]
+    texts = dict.fromkeys(odd, "t") | {f"n{i}": "t" for i in range(40)}
+    _add_templates(metadata, {"default": "d", **texts, "long": "t" * ((1 << 20) + 1)}, events.append)
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert told == ["15 of the tokenizer's chat templates have no place in a GGUF file: '', 'a.b', 'a b', ...."]
+    assert len(metadata) == 34  # the default, 32 others and the list of their names
+    assert b"tokenizer.chat_template.n31" in metadata.packed()
+
+
+def test_a_template_without_end_is_refused():
+    with pytest.raises(Unsupported, match="too long"):
+        _add_templates(Metadata(), "x" * ((1 << 20) + 1), lambda event: None)
 
 
 def test_a_tokenizer_of_bytes_has_an_empty_list_of_merges(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from adapterhub_lite.adapters.adapter import read_adapter
 from adapterhub_lite.adapters.sites import is_linear
@@ -15,18 +16,23 @@ from adapterhub_lite.bases.quantization import dense_weight, is_quantized
 from adapterhub_lite.merging.checkpoint import Checkpoint
 from adapterhub_lite.merging.merge import staged_merge
 from adapterhub_lite.merging.plan import plan_merge
+from adapterhub_lite.merging.quantised import quantised_plan
 from adapterhub_lite.merging.report import Thresholds
 from adapterhub_lite.store import Store
 from adapterhub_lite.workflows.combine_base import FrozenWeights
 from adapterhub_lite.workflows.merge import merge
 from adapterhub_lite.workflows.merge_expected import Expected
-from tests import peers
-from tests.merging.build import peft_folder, stored
+from adapterhub_lite.workflows.merge_served import Merged, plain_model
+from tests import peers, tiny
+from tests.merging.build import INSTRUCT, peft_folder, stored
+from tests.merging.peft_merges import plan_of
 
 FAMILIES = ("llama", "gpt2", "bert", "t5")
 CHANGED = {"llama": ["q_proj"], "gpt2": ["c_attn"], "bert": ["query"], "t5": ["q"]}
 SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 128}}  # of the others, blocks go over the ends of rows
 FORMS = [(family, kind) for family in FAMILIES for kind in ("nf4", "int8", "nf4-double")]
+
+LOOSE = Thresholds(max_kl=1e9, min_top1=0.0, max_lost=1e9, max_metric_drop=1.0)
 
 
 def truth(base: Base) -> dict[str, torch.Tensor]:
@@ -104,9 +110,42 @@ def test_layers_that_stay_as_they_are_stand_in_the_report(tmp_path, tiny_folder,
     peft_folder(tmp_path / "peft", folder, "llama")
     base, store = load_base(str(folder), device="cpu"), Store(tmp_path / "store")
     ref = stored(store, "mine", tmp_path / "peft", base, None, tmp_path / "data")
-    loose = Thresholds(max_kl=1e9, min_top1=0.0, max_lost=1e9)
-    report = merge(ref, tmp_path / "out", store=store, base=base, to="nf4", verify=verify, thresholds=loose)
+    report = merge(ref, tmp_path / "out", store=store, base=base, to="nf4", verify=verify, thresholds=LOOSE)
     said = [note for note in report.notes if "they are not quantised" in note]
     assert len(said) == 1
     assert said[0] in json.loads((tmp_path / "out" / "merge_report.json").read_text())["notes"]
     assert said[0] in "\n".join(report.lines())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_a_checkpoint_of_bfloat16_is_measured_in_what_its_base_computes_in(tmp_path, to, quantize):
+    """transformers loads what is quantised in the dtypes that it is stored in, whatever is asked for."""
+    folder = tmp_path / "base"
+    tiny.model("llama", **SIZES["llama"]).to(torch.bfloat16).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    peft_folder(tmp_path / "peft", folder, "llama")
+    base, store = load_base(str(folder), quantize, device="cpu"), Store(tmp_path / "store")
+    assert base.dtype == torch.float32
+    ref = stored(store, "mine", tmp_path / "peft", base, INSTRUCT, tmp_path / "data")
+    report = merge(ref, tmp_path / "out", store=store, base=base, to=to, thresholds=LOOSE)
+    assert [one.rows for one in report.metrics] == [6]
+    model = plain_model(Merged(tmp_path / "out", to, "CAUSAL_LM"), base)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = plain.generate(torch.tensor([[5, 9, 40]]), max_new_tokens=4, do_sample=False)
+    assert ids.shape[1] > 3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_experts_that_are_no_linear_layers_are_told(tmp_path, kind):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(vocab_size=tiny.VOCABULARY, num_key_value_heads=2, **sizes, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    peft_folder(tmp_path / "peft", tmp_path / "base", "llama", target_modules=["q_proj"], task="CAUSAL_LM")
+    floats = plan_of(tmp_path / "base", (tmp_path / "peft", 1.0))
+    (said,) = [note for note in quantised_plan(floats, kind).notes if "they are not quantised" in note]
+    assert said.startswith("26 matrices (model.layers.0.mlp.experts.0.")
+    assert "no linear layers of Qwen3MoeForCausalLM" in said

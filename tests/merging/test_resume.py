@@ -252,6 +252,32 @@ def test_a_full_disk_says_what_is_kept(tmp_path, scene):
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.parametrize("stops", ["write", "create"])
+def test_a_disk_that_is_full_from_the_beginning_leaves_no_folder(tmp_path, scene, stops, monkeypatch):
+    base, adapter, _ = scene
+    monkeypatch.setattr(FileSystem, stops, _full)
+    with pytest.raises(StoreFull):
+        run(plan_of(base, (adapter, 1.0)), base, tmp_path / "out", Unsynced())
+    assert list(tmp_path.iterdir()) == []
+
+
+def _full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "full")
+
+
+def test_a_full_disk_does_not_cost_what_is_durable(tmp_path, scene, monkeypatch):
+    base, adapter, expected = scene
+    plan = plan_of(base, (adapter, 1.0))
+    first = _died(plan, base, tmp_path / "out", "model-00003")
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystem, "write", _full)
+        with pytest.raises(StoreFull):
+            run(plan, base, tmp_path / "out", Unsynced())
+    assert len(list(first.glob("*.safetensors"))) >= 2
+    assert any("taken over" in line for line in notes(run(plan, base, tmp_path / "out")))
+    assert files_of(tmp_path / "out") == expected
+
+
 def test_two_merges_at_once_into_one_folder(tmp_path, scene):
     base, adapter, expected = scene
     plan, other = plan_of(base, (adapter, 1.0)), plan_of(base, (adapter, 0.5))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterhub_lite.adapters.adapter import read_adapter
-from adapterhub_lite.errors import AdapterMismatch, NoEffect, Unsupported
+from adapterhub_lite.errors import AdapterMismatch, BaseUnavailable, NoEffect, Unsupported
 from adapterhub_lite.merging import dense
 from adapterhub_lite.merging.merge import staged_merge
 from tests import peers, tiny
@@ -253,6 +253,45 @@ def test_values_that_are_no_numbers_are_refused_and_nothing_is_left(tmp_path, ti
         plan_of(base, (adapter, float("nan")))
     with pytest.raises(Unsupported, match="no adapter"):
         plan_of(base)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("kind", "part"), [("lora", "weight"), ("ia3", "weight"), ("ia3", "bias")])
+def test_a_value_beyond_float16_is_the_dtypes_fault(tmp_path, kind, part, stored):
+    base = biased("bert", tmp_path / "base")
+    adapter = read_adapter(saved(tmp_path / "one", base, "bert", kind))
+    large = replace(adapter, tensors={k: t * (1.0 if "lora_A" in k else 1e9) for k, t in adapter.tensors.items()})
+    tensors = {name: t.to(stored) for name, t in load_file(base / "model.safetensors").items()}
+    if part == "bias":
+        tensors = {name: t.zero_() if "bias" not in name else t for name, t in tensors.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with (
+        pytest.raises(AdapterMismatch, match=f"{part} holds values that float16 has no room for") as found,
+        staged_merge(plan_of(base, (large, 1.0), dtype="float16"), base, tmp_path / "out"),
+    ):
+        raise AssertionError("never reached")
+    assert "bfloat16 or float32" in found.value.hint
+    with staged_merge(plan_of(base, (large, 1.0), dtype="bfloat16"), base, tmp_path / "wide"):
+        pass
+    assert all(bool(torch.isfinite(t).all()) for t in tensors_of(tmp_path / "wide").values())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_whose_values_are_no_numbers_is_to_blame_itself(tmp_path, dtype, part):
+    base = biased("bert", tmp_path / "base")
+    adapter = saved(tmp_path / "one", base, "bert", "ia3")
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"bert.encoder.layer.0.attention.self.key.{part}"][0] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with (
+        pytest.raises(BaseUnavailable, match=f"The checkpoint's .*key.{part} holds values that are not finite"),
+        staged_merge(plan_of(base, (adapter, 1.0), dtype=dtype), base, tmp_path / "out"),
+    ):
+        raise AssertionError("never reached")
+    planned = {p.name: p for shard in plan_of(base, (adapter, 1.0)).shards.values() for p in shard}
+    with pytest.raises(BaseUnavailable, match="The checkpoint's"):
+        planned[f"bert.encoder.layer.0.attention.self.key.{part}"].make()
 
 
 def test_merging_twice_is_refused(tmp_path, tiny_folder):

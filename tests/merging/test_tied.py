@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Qwen2C
 
 from adapterhub_lite.bases.load import load_base
 from adapterhub_lite.errors import Unsupported
+from adapterhub_lite.merging.report import Thresholds
 from adapterhub_lite.store import Store
 from adapterhub_lite.workflows.merge import merge
 from tests import peers, tiny
@@ -49,6 +51,15 @@ def two_tensors(folder: Path) -> Path:
     """Store another output layer in a checkpoint whose configuration says tied."""
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = 0.3 - tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def output_alone(folder: Path) -> Path:
+    """Store the one tensor of a tied pair under the output layer's name; transformers fills the embeddings from it."""
+    tensors = load_file(folder / "model.safetensors")
+    own = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+    tensors["lm_head.weight"] = tensors.pop(own)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -140,3 +151,21 @@ def test_two_equal_tensors_are_tied(tmp_path):
     merge(ref, tmp_path / "out", store=store, to="gguf-f16")
     assert "output.weight" not in [tensor.name for tensor in GGUFReader(tmp_path / "out" / "model.gguf").tensors]
     assert distance(tmp_path / "out", expected) < CLOSE["gguf-f16"]
+
+
+@pytest.mark.parametrize("verify", ["full", "weights"])
+@pytest.mark.parametrize("to", ["auto", "bfloat16", "gguf-f16"])
+@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"], ["embed_tokens"]], ids=lambda targets: targets[0])
+def test_the_pair_stored_as_an_output_layer_alone(tmp_path, targets, to, verify):
+    store, ref, expected = put(tmp_path, output_alone(tied("llama", tmp_path / "base")), targets)
+    merge(ref, tmp_path / "out", store=store, to=to, verify=verify)
+    assert distance(tmp_path / "out", expected) < CLOSE[to]
+
+
+@pytest.mark.parametrize("target", ["c_attn", "lm_head", "wte"])
+def test_the_pair_stored_as_an_output_layer_alone_in_gpt2(tmp_path, target):
+    store, ref, expected = put(tmp_path, output_alone(tied("gpt2", tmp_path / "base")), [target])
+    coarse = replace(Thresholds.of("nf4"), min_top1=0.5)  # of random weights many tokens are nearly as likely
+    assert merge(ref, tmp_path / "out", store=store, to="nf4", thresholds=coarse).passed
+    merge(ref, tmp_path / "exact", store=store)
+    assert distance(tmp_path / "exact", expected) < CLOSE["auto"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from adapterhub_lite.adapters.adapter import read_adapter
 from adapterhub_lite.bases.load import load_base
@@ -81,6 +82,19 @@ def test_one_wrong_tensor_fails_the_merge_and_leaves_nothing(tmp_path, llama, st
         merge(ref, out, store=store, base=base, to=to, verify=verify, metric_rows=0)
     assert planted[0] in str(failed.value)
     assert nothing_left(tmp_path / "deep")
+
+
+@pytest.mark.parametrize("which", ["up_proj", "v_proj"])
+def test_a_layer_of_zeros_fails_by_its_error_alone(tmp_path, llama, store, monkeypatch, which):
+    """Codes that were chosen by inputs may be far from the weights, but not that far."""
+    base, ref = llama
+    monkeypatch.setattr(merging._Job, "_calibration", lambda self, base: [[5 + i % 250 for i in range(256)]] * 2)
+    planted = plant(monkeypatch, lambda tensor: tensor * 1e-3, which)
+    limits = replace(LOOSE, max_layer_error=None)
+    with pytest.raises(MergeFailed, match="relative error") as failed:
+        merge(ref, tmp_path / "out", store=store, base=base, to="nf4", thresholds=limits, metric_rows=0)
+    assert planted[0] in str(failed.value)
+    assert "--residual 8" in failed.value.hint
 
 
 @pytest.mark.parametrize("to", ["auto", "int8", "nf4", "gguf-f16", "gguf-q8_0"])
@@ -195,6 +209,38 @@ def test_the_verdict_is_on_what_is_on_the_disk_in_either_forward(tmp_path, llama
     assert streamed.difference.mean_kl == pytest.approx(loaded.difference.mean_kl, rel=1e-3)
     assert streamed.difference.mean_kl > 1e-3
     assert streamed.effect_kl == pytest.approx(loaded.effect_kl, rel=1e-3)
+
+
+@pytest.fixture
+def mamba(tmp_path, store):
+    """A model whose forward reads weights of layers that it does not call."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tiny.tokenizer().save_pretrained(tmp_path / "mamba")
+    peft_folder(tmp_path / "peft", tmp_path / "mamba", "llama", target_modules=["in_proj", "x_proj"], task="CAUSAL_LM")
+    base = load_base(str(tmp_path / "mamba"), device="cpu")
+    return base, stored(store, "mine", tmp_path / "peft", base, None, tmp_path / "data")
+
+
+def test_a_forward_that_cannot_use_8_bits_is_refused(tmp_path, store, mamba):
+    base, ref = mamba
+    assert merge(ref, tmp_path / "deep" / "floats", store=store, base=base).passed
+    with pytest.raises(Unsupported, match="MambaForCausalLM does not compute with weights in this form") as refused:
+        merge(ref, tmp_path / "new" / "out", store=store, base=base, to="int8")
+    assert refused.value.hint == "Merge to float weights."
+    assert nothing_left(tmp_path / "new")
+
+
+def test_a_forward_that_cannot_be_streamed_is_refused(tmp_path, store, mamba, monkeypatch):
+    _, ref = mamba
+    monkeypatch.setattr("adapterhub_lite.workflows.merge.fits", lambda base, models: False)
+    monkeypatch.setattr("adapterhub_lite.workflows.merge_verify.fits", lambda base, models: False)
+    with pytest.raises(Unsupported, match="does not compute with weights in this form") as refused:
+        merge(ref, tmp_path / "new" / "out", store=store)
+    assert "--verify weights" in refused.value.hint
+    assert nothing_left(tmp_path / "new")
+    assert merge(ref, tmp_path / "weights", store=store, verify="weights").passed
 
 
 @pytest.mark.parametrize(("family", "task"), [("llama", INSTRUCT), ("gpt2", INSTRUCT), ("bert", CLASSIFY)])
