@@ -301,7 +301,7 @@ def test_a_damaged_run_is_listed_all_the_same(shop: Shop, tmp_path: Path) -> Non
 def test_gc_does_not_say_that_nothing_is_left_beside_a_run(shop: Shop, tmp_path: Path) -> None:
     broken_off(shop, tmp_path / "store")
     said = ahl("gc", "--dry-run", "--store", tmp_path / "store").stdout
-    assert "run of parrot, broken off after step" in said
+    assert "broken off after step 1" in said
     assert "Nothing is left over" not in said
 
 
