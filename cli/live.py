@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ..events import Evaluated, Event, Note, Progress, Stage, Step
 from .learners import Learner, bar_facts, details, ended_line, flowed, rows
-from .progress import amount, evaluated_line, note_line
+from .progress import Pace, evaluated_line, note_line
 from .render import printable
 
 _BAR = 20
@@ -32,6 +32,7 @@ class LiveReport:
 
     def __init__(self, terse: bool = False, console: Console | None = None) -> None:
         self._terse = terse
+        self._pace = Pace()
         self._console = console or Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._bars = Bars(
             SpinnerColumn(),
@@ -70,7 +71,7 @@ class LiveReport:
             self._step(event)
         elif isinstance(event, Progress):
             self._end_training()
-            self._update(printable(event.title), event.done, event.total, amount(event))
+            self._update(printable(event.title), event.done, event.total, self._pace.facts(event))
         elif isinstance(event, Note):
             if event.level == "warning" or not self._terse:
                 self._line(note_line(event), "yellow" if event.level == "warning" else None)

@@ -14,6 +14,7 @@ from .render import counted, metrics, printable, remark, seconds, size
 _SMOOTHING = 0.9
 _SHARE = 0.1
 _PATIENCE = 10.0
+_SETTLED = 2.0  # seconds after which a pace is one
 
 
 @contextmanager
@@ -68,6 +69,23 @@ def amount(event: Progress) -> str:
     return f"{event.done:,} of {counted(event.total, event.unit)}" if event.total else counted(event.done, event.unit)
 
 
+class Pace:
+    """How long what is told of will go on, by how it went since it was first told of."""
+
+    def __init__(self) -> None:
+        self._title, self._since, self._first = "", 0.0, 0
+
+    def facts(self, event: Progress) -> str:
+        """`3 of 12 rows, eta 2:05`; without the time where nothing can be said of it yet."""
+        now = time.monotonic()
+        if event.title != self._title or event.done < self._first:
+            self._title, self._since, self._first = event.title, now, event.done
+        ahead, behind, passed = event.total - event.done, event.done - self._first, now - self._since
+        if ahead <= 0 or behind <= 0 or passed < _SETTLED:
+            return amount(event)
+        return f"{amount(event)}, eta {seconds(passed * ahead / behind)}"
+
+
 def evaluated_line(event: Evaluated) -> str:
     """`validation: loss 0.123 (step 100)`, with a name before it where several are trained together."""
     whose = f"{printable(event.learner)} " if event.learner else ""
@@ -92,6 +110,7 @@ class PlainReport:
     def __init__(self, terse: bool = False) -> None:
         self._terse = terse
         self._smoothed = Smoothed()
+        self._pace = Pace()
         self._title = ""
         self._share = 0.0
         self._shares: dict[str, float] = {}
@@ -130,11 +149,12 @@ class PlainReport:
             remark(f"  {printable(event.learner)}: step {event.step}/{event.total}: {facts}")
 
     def _progress(self, event: Progress) -> None:
+        facts = self._pace.facts(event)
         if event.title != self._title:
             self._begin(event.title)  # said only when it takes long
         elif time.monotonic() - self._said_at >= self._patience:
             self._wait_longer()
-            remark(f"  {printable(event.title)}: {amount(event)}")
+            remark(f"  {printable(event.title)}: {facts}")
 
     def _is_due(self, title: str, share: float) -> bool:
         if title != self._title:

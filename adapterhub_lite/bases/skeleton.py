@@ -29,7 +29,6 @@ def skeleton_of(config: dict[str, Any], task_type: str | None) -> View:
         BaseUnavailable, Unsupported: it is not one of a base.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-    from transformers.initialization import no_init_weights
 
     kind = kind_of(config)
     classes = {
@@ -38,7 +37,7 @@ def skeleton_of(config: dict[str, Any], task_type: str | None) -> View:
         "encoder": AutoModelForSequenceClassification,
     }
     plain = {key: value for key, value in config.items() if key != "model_type"}
-    with quiet(), torch.device("meta"), no_init_weights():
+    with quiet(), torch.device("meta"):
         try:
             settings = AutoConfig.for_model(config["model_type"], **plain)
             model = classes[kind].from_config(settings, trust_remote_code=False)

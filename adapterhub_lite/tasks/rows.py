@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ class Rows(Sequence[Row]):
                 f"It has: {', '.join(sorted(row))}.{_others(more, 'lack it')}",
             )
         return row[name]
+
+    def at(self, indices: Sequence[int]) -> Rows:
+        """Some of the rows, with their lines in the same source."""
+        return replace(self, rows=tuple(self.rows[i] for i in indices), lines=tuple(self.lines[i] for i in indices))
 
     def summary(self) -> dict[str, Any]:
         """What a card keeps of the data; `path` is where a file was, to find it again on this machine."""

@@ -123,7 +123,7 @@ class _Bench:
             if not self.setting.rows:
                 return _Part(one, replace(told, of_rows=len(whole), reason="No rows were asked for."))
             chosen = spread(len(whole), self.setting.rows)
-            some = replace(whole, rows=tuple(whole[i] for i in chosen), lines=tuple(whole.lines[i] for i in chosen))
+            some = whole.at(chosen)
             make_task(one.task)
         except AdapterHubError as error:
             return _Part(one, replace(told, reason=error.message))

@@ -192,7 +192,7 @@ def _explained(changed: tuple[int, str, str], rows: Rows | None, card: Card) -> 
     index, a, b = changed
     if rows is None or index >= len(rows):
         return ChangedAnswer(index, a, b)
-    row = Rows((rows[index],), (rows.lines[index],), rows.source, rows.sha256, rows.is_file)
+    row = rows.at([index])
     try:
         task = make_task(card.task)
         return ChangedAnswer(index, a, b, task.inputs(row)[0], _expected(task, row))
@@ -227,9 +227,7 @@ def _live(
     tasks = _tasks(one, two)
     split, rows = _rows_to_answer(one, two)
     chosen = spread(len(rows), most)
-    part = Rows(
-        tuple(rows[i] for i in chosen), tuple(rows.lines[i] for i in chosen), rows.source, rows.sha256, rows.is_file
-    )
+    part = rows.at(chosen)
     _check_columns(one, two, tasks, part)
     if not isinstance(base, Base):
         base = base() if base is not None else load_own_base(one.card, on_event=on_event)

@@ -15,6 +15,7 @@ from ..bases.load import Base
 from ..errors import Unsupported
 from ..evaluation.evaluate import Evaluation
 from ..events import Listener, Stage, ignore
+from ..formats.card import spread
 from ..merging.plan import MergePlan
 from ..merging.report import BakeFigures, Thresholds, compare_logits
 from ..store import Store
@@ -58,6 +59,7 @@ def measure_bakes(
     first = _first(trial.measured) if trial.keep else None
     own: Evaluation | None = None
     if first is not None:
+        reference.measure(first.task, trial.measured[0].rows)  # the verdict's, of which these are some
         own = reference.measure(first.task, first.rows)
     found = []
     for bake in BOTH:
@@ -114,4 +116,4 @@ def _first(measured: Sequence[Measured]) -> Measured | None:
     if not measured:
         return None
     one = measured[0]
-    return replace(one, rows=replace(one.rows, rows=one.rows.rows[:_ROWS], lines=one.rows.lines[:_ROWS]))
+    return replace(one, rows=one.rows.at(spread(len(one.rows), _ROWS)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..formats.card import Card
+from ..formats.card import Card, spread
 from ..formats.files import read_regular
 from ..names import Ref
 from ..runtime.certificate import PROBES
@@ -36,7 +36,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows of a version's task to measure it on; `of_rows` is how many there are."""
+    """Rows of a version's task to measure it on, evenly over all `of_rows` that there are."""
 
     ref: Ref
     task: Task
@@ -81,7 +81,7 @@ def measured_of(
         if rows is None:
             remarks.append(f"The test data of {ref} is not where it was, so its metric was not measured.")
         elif most:
-            some = replace(rows, rows=rows.rows[:most], lines=rows.lines[:most])
+            some = rows.at(spread(len(rows), most))
             found.append(Measured(ref, make_task(card.task), some, len(rows)))
     return found, remarks
 
@@ -103,7 +103,7 @@ def _of_member(card: Card, base: Any, prompts: Path | None) -> list[tuple[list[i
     if rows is None:
         return []
     task = make_task(card.task)
-    texts = task.inputs(rows)[:_ROWS]
+    texts = task.inputs(rows.at(spread(len(rows), _ROWS)))
     return [(task.encode(text, base.tokenizer, base.kind, _TOKENS), text) for text in texts]
 
 

@@ -64,6 +64,7 @@ class Served:
     ) -> None:
         self._base, self._headed, self._on_event = base, task_type in HEADED, on_event
         self._runtime = Runtime(base, store, slots=len(members) + 1, batch_size=64, on_event=on_event)
+        self._answered: list[tuple[Task, str, dict[int, str]]] = []
         try:
             alone = len(members) == 1 and members[0][1] == 1.0
             self._chosen: Any = members[0][0] if alone else dict(members)
@@ -88,9 +89,15 @@ class Served:
         return None if self._headed else self._logits(rows, None)
 
     def measure(self, task: Task, rows: Rows) -> Evaluation | None:
-        """Answers to a task's rows."""
+        """Answers to a task's rows; some of those that it was asked before are remembered."""
+        for known, source, by_line in self._answered:
+            if known is task and source == rows.sha256 and by_line.keys() >= set(rows.lines):
+                answers = [by_line[line] for line in rows.lines]
+                return Evaluation(dict(task.metrics(rows, answers)), answers)
         with quiet():
-            return evaluate(self._runtime, task, rows, self._chosen, self._on_event, "measuring base + adapter")
+            found = evaluate(self._runtime, task, rows, self._chosen, self._on_event, "measuring base + adapter")
+        self._answered.append((task, rows.sha256, dict(zip(rows.lines, found.answers, strict=True))))
+        return found
 
     def inputs(self, rows: Sequence[list[int]]) -> dict[str, Inputs]:
         """What the base's layers read on these rows, with the adapters: module name -> second moments.

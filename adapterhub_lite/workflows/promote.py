@@ -211,7 +211,7 @@ class _Gate:
     @cached_property
     def _chosen(self) -> str:
         """The metric to decide by. Tried on one row, since loading a base takes longer."""
-        one = replace(self._rows, rows=self._rows.rows[:1], lines=self._rows.lines[:1])
+        one = self._rows.at([0])
         known = list(self._judge.metrics(one, [""]))
         if self.metric is not None and self.metric not in known:
             raise Unsupported(f"{self.candidate} is not measured by {self.metric!r}.", f"Use {' or '.join(known)}.")

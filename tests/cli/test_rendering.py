@@ -18,7 +18,7 @@ from adapterhub_lite.adapters.compare import Comparison, Overlap
 from adapterhub_lite.cli import render
 from adapterhub_lite.cli.differences import difference_lines
 from adapterhub_lite.cli.live import LiveReport
-from adapterhub_lite.cli.progress import PlainReport, Smoothed, amount, reporting
+from adapterhub_lite.cli.progress import Pace, PlainReport, Smoothed, amount, reporting
 from adapterhub_lite.events import Evaluated, Note, Progress, Stage, Step
 from adapterhub_lite.formats.card import Card
 from adapterhub_lite.store import Store
@@ -234,8 +234,26 @@ def test_plain_progress_speaks_of_slow_work_only(
         report(Progress("download x", done * 10**6, 10**8, "B"))
         now[0] += 1.0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "  download x: 10.0 MB of 100 MB"
+    assert lines[0] == "  download x: 10.0 MB of 100 MB, eta 1:30"
     assert len(lines) == 4  # ever more rarely
+
+
+def test_pace_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = Pace()
+
+    def told(title: str, at: float, done: int, total: int = 10) -> str:
+        now[0] = at
+        return pace.facts(Progress(title, done, total, "rows"))
+
+    assert told("a", 0, 4) == "4 of 10 rows"
+    assert told("a", 1, 5) == "5 of 10 rows"  # too early
+    assert told("a", 30, 6) == "6 of 10 rows, eta 1:00"  # two took half a minute
+    assert told("a", 40, 10) == "10 of 10 rows"
+    assert told("a", 50, 1) == "1 of 10 rows"  # the same work again
+    assert told("a", 60, 2) == "2 of 10 rows, eta 1:20"
+    assert told("b", 90, 3, total=0) == told("b", 99, 3, total=0) == "3 rows"
 
 
 def test_terse_progress_says_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:

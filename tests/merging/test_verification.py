@@ -13,13 +13,14 @@ from transformers import MambaConfig, MambaForCausalLM
 from adapterhub_lite.adapters.adapter import read_adapter
 from adapterhub_lite.bases.load import load_base
 from adapterhub_lite.errors import BaseMismatch, DataError, MergeFailed, StoreError, Unsupported
+from adapterhub_lite.events import Progress
 from adapterhub_lite.merging.checkpoint import Checkpoint, Planned
 from adapterhub_lite.merging.report import TARGETS, BakeFigures, Difference, Thresholds
 from adapterhub_lite.runtime.runtime import Runtime
 from adapterhub_lite.store import Store
 from adapterhub_lite.store.reports import kept_reports
 from adapterhub_lite.workflows import merge as merging
-from adapterhub_lite.workflows import merge_write
+from adapterhub_lite.workflows import merge_bakes, merge_write
 from adapterhub_lite.workflows.merge import merge
 from adapterhub_lite.workflows.merge_bakes import better
 from adapterhub_lite.workflows.merge_expected import Expected
@@ -392,6 +393,21 @@ def test_both_bakes_are_measured_and_the_figures_are_those_of_merges(tmp_path, t
     assert "baked into dequantised weights" in text
     assert "baked into original weights" in text
     assert base.live_digest() == frozen
+
+
+def test_base_and_adapter_answer_each_row_once(tmp_path, tiny_folder, store, monkeypatch):
+    folder = tiny_folder("llama", **SIZES)
+    base = load_base(str(folder), "nf4", device="cpu")
+    peft_folder(tmp_path / "peft", folder, "llama")
+    ref = stored(store, "mine", tmp_path / "peft", base, INSTRUCT, tmp_path / "data")
+    monkeypatch.setattr(merge_bakes, "_ROWS", 4)
+    events = []
+    report = merge(ref, tmp_path / "out", store=store, base=base, on_event=events.append)
+    told = [(e.done, e.total) for e in events if isinstance(e, Progress) and e.title == "measuring base + adapter"]
+    assert told == [(0, 6), (6, 6)]
+    few = merge(ref, tmp_path / "few", store=store, base=base, metric_rows=4, bake="dequantised", thresholds=LOOSE)
+    assert [(one.rows, one.reference) for one in report.bakes] == [(4, few.metrics[0].reference)] * 2
+    assert report.metrics[0].rows == 6
 
 
 def test_the_better_bake_is_the_one_of_the_better_metric_within_the_thresholds():
