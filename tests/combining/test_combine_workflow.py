@@ -85,23 +85,31 @@ def trained(store: Store, base: Base, folder: Path, name: str, adapter: dict[str
     return train(load_recipe(path), store=store, base=base, name=name)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Any) -> Shelf:
-    folder, base = tmp_path_factory.mktemp("combine"), tiny_base("llama")
+def filled(folder: Path, base: Base) -> Shelf:
+    """A store with sql@1 and tone@1, of unlike tasks."""
     store = Store(folder / "store")
     trained(store, base, folder / "sql", "sql", LORA)
     trained(store, base, folder / "tone", "tone", OTHER, max_new_tokens=3, completion="reply")
     return Shelf(store, base, folder)
 
 
-@pytest.fixture
-def shelf(made: Shelf) -> Iterator[Shelf]:
+def restored(made: Shelf) -> Iterator[Shelf]:
     """The shelf; what a test adds is removed after it."""
     before = {(e.name, e.version) for e in made.store.list()}
     yield made
     for entry in reversed(made.store.list()):
         if (entry.name, entry.version) not in before:
             made.store.remove(f"{entry.name}@{entry.version}", force=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Any) -> Shelf:
+    return filled(tmp_path_factory.mktemp("combine"), tiny_base("llama"))
+
+
+@pytest.fixture
+def shelf(made: Shelf) -> Iterator[Shelf]:
+    yield from restored(made)
 
 
 def deltas(store: Store, ref: str | Ref) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ import pytest
 from adapterhub_lite.combining.combine import Options
 from adapterhub_lite.errors import Unsupported
 from adapterhub_lite.formats.card import spread
-from adapterhub_lite.store import Store
 from adapterhub_lite.workflows import combine_measure
 from adapterhub_lite.workflows import promote as gate
 from adapterhub_lite.workflows.combine import combine, make_combined
@@ -23,27 +22,19 @@ from adapterhub_lite.workflows.convert import convert, make_converted
 from adapterhub_lite.workflows.diff import diff
 from adapterhub_lite.workflows.evaluate import evaluate
 from adapterhub_lite.workflows.promote import promote
-from tests.combining.test_combine_workflow import LORA, OTHER, Shelf, trained
+from tests.combining.test_combine_workflow import Shelf, filled, restored
 
 BOTH = {"sql@1": 1.0, "tone@1": 0.5}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Any) -> Shelf:
-    folder, base = tmp_path_factory.mktemp("measured"), tiny_base("llama")
-    store = Store(folder / "store")
-    trained(store, base, folder / "sql", "sql", LORA)
-    trained(store, base, folder / "tone", "tone", OTHER, max_new_tokens=3, completion="reply")
-    return Shelf(store, base, folder)
+    return filled(tmp_path_factory.mktemp("measured"), tiny_base("llama"))
 
 
 @pytest.fixture
 def shelf(made: Shelf) -> Iterator[Shelf]:
-    """The shelf; what a test adds is removed after it."""
-    yield made
-    for entry in reversed(made.store.list()):
-        if f"{entry.name}@{entry.version}" not in BOTH:
-            made.store.remove(f"{entry.name}@{entry.version}", force=True)
+    yield from restored(made)
 
 
 @pytest.fixture
