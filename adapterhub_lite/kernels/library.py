@@ -13,8 +13,10 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +24,7 @@ from tempfile import TemporaryDirectory
 from ..places import cache_root
 
 # No -ffast-math: it would make the whole process flush denormal numbers to zero.
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-fPIC")
 _HEADERS = (
     "vectors.h", "work.h", "tall.h", "laying.h", "training.h", "training_rows.h", "training_panels.h",
     "training_attention.h", "training_encoder.h", "training_layers.h",
@@ -127,11 +129,22 @@ def _built(compiler: str, sources: dict[str, bytes]) -> Path:
     with TemporaryDirectory(dir=folder) as build:
         for name, source in sources.items():
             (Path(build) / name).write_bytes(source)
-        code = [str(Path(build) / name) for name in sources if name.endswith(".c")]
+        code = [Path(build) / name for name in sources if name.endswith(".c")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler
+            objects = list(pool.map(partial(_compiled, compiler), code))
         made = Path(build) / "native.so"
-        command = [compiler, *_FLAGS, "-o", str(made), *code, "-lm"]
-        subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS)
+        _run([compiler, "-shared", *_FLAGS, "-o", str(made), *map(str, objects), "-lm"])
         return made.replace(folder / f"{stem}-{_digest(made)}.so")
+
+
+def _compiled(compiler: str, source: Path) -> Path:
+    made = source.with_suffix(".o")
+    _run([compiler, *_FLAGS, "-c", "-o", str(made), str(source)])
+    return made
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, capture_output=True, check=True, timeout=_SECONDS)
 
 
 def _digest(path: Path) -> str:
