@@ -162,7 +162,7 @@ class _Draft:
             if self._head is not None:
                 raise Unsupported(
                     f"{self._head[0]} and {adapter.name} both bring a classification head, and a model has one.",
-                    "Merge one of them.",
+                    "Merge one of them, or combine them with `ahl combine ... --head NAME` and merge that.",
                 )
             assert view.head is not None
             view.head.build(edits.head)  # says what is wrong with it

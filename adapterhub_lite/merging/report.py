@@ -78,7 +78,7 @@ class Check:
     @property
     def passed(self) -> bool:
         """Whether the figure is within its limit."""
-        slack = 1e-9  # 0.8 - 0.1 is a little more than 0.7 in floating point
+        slack = 1e-9 * abs(self.limit)  # 0.8 - 0.1 is a little more than 0.7 in floating point
         return self.value <= self.limit + slack if self.relation == "<=" else self.value >= self.limit - slack
 
     def __str__(self) -> str:
@@ -161,6 +161,7 @@ class MergeReport:
         forward: how both models computed logits: "loaded" in memory, "streamed" from the disk, or "none".
         effect_kl: divergence of the bare base from base + adapter, where there is a bare one.
         bare_difference: of 4-bit weights without their residual adapter, where there is one.
+        task_type: PEFT's, of the adapters: what the logits are of.
         notes: what a reader should know besides, such as why something was not measured.
     """
 
@@ -189,9 +190,15 @@ class MergeReport:
     bakes: tuple[BakeFigures, ...] = ()
     residual_rank: int = 0
     bare_difference: Difference | None = None
+    task_type: str | None = None
     notes: tuple[str, ...] = ()
     created: str = ""
     libraries: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def likeliest(self) -> str:
+        """What the likeliest class of a logit is called."""
+        return "same label" if self.task_type in ("SEQ_CLS", "TOKEN_CLS") else "same next token"
 
     @property
     def checks(self) -> list[Check]:
@@ -199,7 +206,7 @@ class MergeReport:
         limits, found = self.thresholds, []
         if self.difference is not None:
             found.append(Check("mean KL (nats)", self.difference.mean_kl, "<=", limits.max_kl))
-            found.append(Check("same next token", self.difference.top1_agreement, ">=", limits.min_top1))
+            found.append(Check(self.likeliest, self.difference.top1_agreement, ">=", limits.min_top1))
             if self.effect_kl is not None:
                 share = _share(self.difference.mean_kl, self.effect_kl)
                 found.append(Check("KL as a share of the adapter's effect", share, "<=", limits.max_lost))
@@ -251,18 +258,19 @@ class MergeReport:
         found = [
             f"{self.adapter} merged into {self.base} ({kind}{as_what}): {self.changed_tensors} of {self.tensors} "
             f"tensors changed, {self.bytes / 1e6:,.0f} MB, {self.seconds:.1f} s",
-            *(_bake_line(one, self.bake) for one in self.bakes),
+            *(_bake_line(one, self) for one in self.bakes),
             *self._difference_lines(),
         ]
         for one in self.metrics:
             rows = f"{one.rows}" if one.rows == one.of_rows else f"{one.rows} of {one.of_rows}"
             found.append(
                 f"{one.metric} of {one.ref} on {rows} rows: base + adapter {one.reference:.1%}, merged "
-                f"{one.merged:.1%} ({one.merged - one.reference:+.1%})"
+                f"{one.merged:.1%} ({one.merged - one.reference:+.1%}){_weight_of(one, self.thresholds)}"
             )
         worst = self.worst_layer
         if worst is not None:
-            kept = "" if self.kept is None else f"; {self.kept:.1%} of the adapter's change is kept"
+            repaired = ", the residual adapter counted in" if self.residual_rank else ""
+            kept = "" if self.kept is None else f"; {self.kept:.1%} of the adapter's change is kept{repaired}"
             found.append(
                 f"{len(self.layers)} tensors read back: largest relative error {worst.error:.2g} "
                 f"({worst.tensor}, {worst.format}){kept}"
@@ -275,26 +283,36 @@ class MergeReport:
             return []
         effect = "" if self.effect_kl is None else f" (the adapter's own effect: KL {self.effect_kl:.2g})"
         streamed = ", weights streamed from the disk" if self.forward == "streamed" else ""
-        found = [f"against base + adapter over {_difference_text(self.difference)}{effect}{streamed}"]
+        found = [f"against base + adapter over {_difference_text(self.difference, self)}{effect}{streamed}"]
         if self.bare_difference is not None:
             found[0] = f"with the residual adapter of rank {self.residual_rank}, {found[0]}"
-            found.append(f"without it: {_difference_text(self.bare_difference)}")
+            found.append(f"without it: {_difference_text(self.bare_difference, self)}")
         return found
 
 
-def _difference_text(d: Difference) -> str:
+def _difference_text(d: Difference, report: MergeReport) -> str:
+    unit = "texts" if report.task_type == "SEQ_CLS" else "tokens"
     return (
-        f"{d.tokens} tokens: largest logit difference {d.max_logit:.3g}, mean {d.mean_logit:.3g}, "
-        f"KL {d.mean_kl:.2g} nats, same next token {d.top1_agreement:.1%}"
+        f"{d.tokens} {unit}: largest logit difference {d.max_logit:.3g}, mean {d.mean_logit:.3g}, "
+        f"KL {d.mean_kl:.2g} nats, {report.likeliest} {d.top1_agreement:.1%}"
     )
 
 
-def _bake_line(one: BakeFigures, chosen: str) -> str:
+def _weight_of(one: TaskFigure, limits: Thresholds) -> str:
+    """What a metric cannot tell."""
+    if one.reference == 0:
+        return "; it decides nothing, since base + adapter has nothing to lose in it"
+    if one.rows * limits.max_metric_drop < 1:
+        return f"; a single row is {1 / one.rows:.1%} of them"
+    return ""
+
+
+def _bake_line(one: BakeFigures, report: MergeReport) -> str:
     metric = "" if one.value is None else f", {one.metric} {one.value:.1%} on {one.rows} rows"
     against = "" if one.reference is None else f" (base + adapter {one.reference:.1%})"
-    mark = " <- taken" if one.bake == chosen else ""
+    mark = " <- taken" if one.bake == report.bake else ""
     return (
-        f"baked into {one.bake} weights: KL {one.difference.mean_kl:.2g} nats, same next token "
+        f"baked into {one.bake} weights: KL {one.difference.mean_kl:.2g} nats, {report.likeliest} "
         f"{one.difference.top1_agreement:.1%}{metric}{against}{mark}"
     )
 

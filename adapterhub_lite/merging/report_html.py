@@ -98,14 +98,14 @@ def _bakes(report: MergeReport) -> str:
         figures = [_figure(one.difference.mean_kl), f"{one.difference.top1_agreement:.1%}"]
         value = "" if one.value is None else f"{one.metric} {one.value:.1%} on {one.rows} rows"
         rows.append(([one.bake, *figures, value, "taken" if one.bake == report.bake else ""], True))
-    heads = ("baked into", "mean KL (nats)", "same next token", "metric", "")
+    heads = ("baked into", "mean KL (nats)", report.likeliest, "metric", "")
     return _section("Which weights to bake into, measured", _table(heads, rows)) if rows else ""
 
 
 def _metrics(report: MergeReport) -> str:
     rows = []
     for m in report.metrics:
-        ok = m.drop <= report.thresholds.max_metric_drop + 1e-9
+        ok = m.drop <= report.thresholds.max_metric_drop * (1 + 1e-9)
         count = f"{m.rows}" if m.rows == m.of_rows else f"{m.rows} of {m.of_rows}"
         rows.append(
             ([m.ref, m.metric, count, f"{m.reference:.2%}", f"{m.merged:.2%}", f"{m.merged - m.reference:+.2%}"], ok)
@@ -130,7 +130,7 @@ def _prompts(report: MergeReport) -> str:
         )
         for i in shown
     ]  # fmt: skip
-    heads = ("prompt", "tokens", "KL", "same next token", "largest difference", "mean difference")
+    heads = ("prompt", "tokens", "KL", report.likeliest, "largest difference", "mean difference")
     return _section("Prompts", picture + _table(heads, table))
 
 

@@ -216,7 +216,7 @@ class _Job:
         room = reference.loaded and fits(base, 1)
         trial = Trial(
             maker.trial,
-            turned, self.task_type, probe, verifier.expected, measured, room,
+            turned, self.task_type, probe, verifier.expected, measured, room, self.request.thresholds,
         )  # fmt: skip
         try:
             return measure_bakes(trial, base, self.store, reference, self.on_event)
@@ -290,6 +290,7 @@ class _Job:
             bakes=tuple(bakes),
             residual_rank=self.request.residual,
             bare_difference=found.bare_difference,
+            task_type=self.task_type,
             notes=tuple(dict.fromkeys([*self.notes, *found.notes])),
             created=utc_now(),
             libraries=libraries(),

@@ -13,7 +13,6 @@ import torch
 
 from ..bases.load import Base
 from ..errors import Unsupported
-from ..evaluation.evaluate import Evaluation
 from ..events import Listener, Stage, ignore
 from ..formats.card import spread
 from ..merging.plan import MergePlan
@@ -36,7 +35,8 @@ class Trial:
     Attributes:
         plan: makes the plan of a bake as it would be written.
         expected: logits of base + adapters on the probe.
-        keep: whether a model of the merged size has room in memory: then the task's metric is measured too.
+        keep: whether a model of the merged size has room in memory: then the task's metric may be measured too.
+        limits: what a bake must keep to be taken by its metric.
     """
 
     plan: Callable[[str], MergePlan]
@@ -46,6 +46,7 @@ class Trial:
     expected: Sequence[torch.Tensor]
     measured: Sequence[Measured]
     keep: bool
+    limits: Thresholds
 
 
 def measure_bakes(
@@ -53,35 +54,46 @@ def measure_bakes(
 ) -> tuple[BakeFigures, ...]:
     """The figures of both bakes, each against base + adapters as they were trained.
 
+    The task's metric is measured where both keep to the limits of logits: else it would decide nothing.
+
     Raises:
         Unsupported: the merged model's class has a parameter that no tensor of the plan fills.
     """
-    first = _first(trial.measured) if trial.keep else None
-    own: Evaluation | None = None
-    if first is not None:
-        reference.measure(first.task, trial.measured[0].rows)  # the verdict's, of which these are some
-        own = reference.measure(first.task, first.rows)
     found = []
     for bake in BOTH:
         on_event(Stage(f"measuring what baking into the {bake} weights gives"))
-        figures = _figures(trial, bake, base, store, first if own is not None else None, on_event)
-        if own is not None and first is not None:
-            figures = replace(figures, reference=own.metrics[first.task.primary_metric])
-        found.append(figures)
-    return tuple(found)
+        found.append(_figures(trial, bake, base, store, None, on_event))
+    first = _first(trial.measured)
+    if first is None or not trial.keep or len(_close(found, trial.limits)) < len(found):
+        return tuple(found)  # logits alone decide
+    reference.measure(first.task, trial.measured[0].rows)  # the verdict's, of which these are some
+    own = reference.measure(first.task, first.rows)
+    if own is None:
+        return tuple(found)
+    value = own.metrics[first.task.primary_metric]
+    answered = []
+    for bake in BOTH:
+        on_event(Stage(f"both are near: measuring what the one baked into the {bake} weights answers"))
+        answered.append(replace(_figures(trial, bake, base, store, first, on_event), reference=value))
+    return tuple(answered)
 
 
 def better(found: Sequence[BakeFigures], limits: Thresholds) -> str:
     """The bake to take: of those within the thresholds the one of the better metric, of equals that of the least KL."""
-    close = [
-        one
-        for one in found
-        if one.difference.mean_kl <= limits.max_kl and one.difference.top1_agreement >= limits.min_top1
-    ]
+    close = _close(found, limits)
     some = close or list(found)
     best = max(one.value or 0.0 for one in some)
     tied = [one for one in some if (one.value or 0.0) >= best - 1e-9] if close else some
     return min(tied, key=lambda one: one.difference.mean_kl).bake
+
+
+def _close(found: Sequence[BakeFigures], limits: Thresholds) -> list[BakeFigures]:
+    """Those that keep to the limits of logits."""
+    return [
+        one
+        for one in found
+        if one.difference.mean_kl <= limits.max_kl and one.difference.top1_agreement >= limits.min_top1
+    ]
 
 
 def _figures(

@@ -80,7 +80,9 @@ def measured_of(
         rows = read_jsonl(prompts) if prompts is not None and prompts.suffix == ".jsonl" else held_out(card)
         if rows is None:
             remarks.append(f"The test data of {ref} is not where it was, so its metric was not measured.")
-        elif most:
+        elif not most:
+            remarks.append(f"The metric of {ref} was not measured, as asked for (--rows 0).")
+        else:
             some = rows.at(spread(len(rows), most))
             found.append(Measured(ref, make_task(card.task), some, len(rows)))
     return found, remarks

@@ -102,6 +102,8 @@ class Verifier:
             return Verified(None, None, None, "none", (), layers, tuple(self._notes))
         if not self.reference.loaded or not fits(self.base, 1):
             return self._streamed(stored, floats, layers)
+        if self.effect is None:
+            self._notes.append("The adapter's own effect was not measured: the bare base has no such head.")
         model = plain_model(merged, self.base)
         plain = compare_logits(
             self.expected, logits_of(model, self.base, self.probe.rows, self.task_type, self.on_event)

@@ -173,3 +173,5 @@ def _render(report: MergeReport, as_json: bool) -> None:
     say(*map(printable, report.lines()))
     reader = "llama.cpp and plain transformers load" if report.to.startswith("gguf") else "plain transformers loads"
     say(printable(f"It is in {report.out}; {reader} it. The figures are in merge_report.html there."))
+    if report.residual_rank:
+        say("They load it without its repair: README.md there says how PEFT adds the adapter in residual/.")

@@ -63,6 +63,34 @@ def a_report(**changes) -> MergeReport:
     return MergeReport(**given)
 
 
+def test_no_figure_above_its_limit_passes():
+    assert not a_report(thresholds=Thresholds(max_kl=0.0)).passed
+    (kl, *_) = a_report(thresholds=Thresholds(max_kl=1e-12)).checks
+    assert kl.value > 1e-12
+    assert not kl.passed
+    drop = TaskFigure("sql@1", "exact_match", 50, 50, 0.80, 0.78)
+    assert drop.drop > 0.02  # by rounding alone
+    assert a_report(metrics=(drop,)).passed
+
+
+def test_what_a_metric_cannot_tell_is_said():
+    def said(rows: int, reference: float) -> str:
+        report = a_report(metrics=(TaskFigure("sql@1", "exact_match", rows, 100, reference, reference),))
+        return next(line for line in report.lines() if line.startswith("exact_match"))
+
+    assert said(100, 0.8).endswith("(+0.0%)")
+    assert said(5, 0.8).endswith("a single row is 20.0% of them")
+    assert "it decides nothing" in said(100, 0.0)
+
+
+def test_a_classifier_is_spoken_of_in_texts_and_labels():
+    report = a_report(task_type="SEQ_CLS")
+    assert any("over 8 texts" in line and "same label" in line for line in report.lines())
+    assert report.checks[1].name == "same label"
+    assert "next token" not in to_html(report)
+    assert "next token" not in "".join(report.lines())
+
+
 def test_a_good_merge_passes_and_every_threshold_is_told():
     report = a_report()
     assert report.passed

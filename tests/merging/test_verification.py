@@ -377,7 +377,7 @@ def test_both_bakes_are_measured_and_the_figures_are_those_of_merges(tmp_path, t
     peft_folder(tmp_path / "peft", folder, "llama")
     ref = stored(store, "mine", tmp_path / "peft", base, INSTRUCT, tmp_path / "data")
     frozen = base.live_digest()
-    report = merge(ref, tmp_path / "out", store=store, base=base)
+    report = merge(ref, tmp_path / "out", store=store, base=base, thresholds=LOOSE)
     assert [one.bake for one in report.bakes] == ["dequantised", "original"]
     assert report.bake == "dequantised"
     for one in report.bakes:
@@ -402,11 +402,23 @@ def test_base_and_adapter_answer_each_row_once(tmp_path, tiny_folder, store, mon
     ref = stored(store, "mine", tmp_path / "peft", base, INSTRUCT, tmp_path / "data")
     monkeypatch.setattr(merge_bakes, "_ROWS", 4)
     events = []
-    report = merge(ref, tmp_path / "out", store=store, base=base, on_event=events.append)
+    report = merge(ref, tmp_path / "out", store=store, base=base, thresholds=LOOSE, on_event=events.append)
     told = [(e.done, e.total) for e in events if isinstance(e, Progress) and e.title == "measuring base + adapter"]
     assert told == [(0, 6), (6, 6)]
     few = merge(ref, tmp_path / "few", store=store, base=base, metric_rows=4, bake="dequantised", thresholds=LOOSE)
     assert [(one.rows, one.reference) for one in report.bakes] == [(4, few.metrics[0].reference)] * 2
+    assert report.metrics[0].rows == 6
+
+
+def test_no_bake_answers_where_logits_decide(tmp_path, tiny_folder, store):
+    folder = tiny_folder("llama", **SIZES)
+    base = load_base(str(folder), "nf4", device="cpu")
+    peft_folder(tmp_path / "peft", folder, "llama")
+    ref = stored(store, "mine", tmp_path / "peft", base, INSTRUCT, tmp_path / "data")
+    report = merge(ref, tmp_path / "out", store=store, base=base, thresholds=Thresholds(max_kl=1e-3, min_top1=0.5))
+    near, far = report.bakes
+    assert near.difference.mean_kl <= 1e-3 < far.difference.mean_kl
+    assert (near.value, far.value, report.bake) == (None, None, "dequantised")
     assert report.metrics[0].rows == 6
 
 
