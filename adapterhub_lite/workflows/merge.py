@@ -29,6 +29,7 @@ from ..tasks.tag import Tag
 from .data import split_rows
 from .merge_bakes import BOTH, Trial, better, measure_bakes
 from .merge_base import check_base, check_place, fits, is_loaded, known_base, place_of
+from .merge_card import merged_card
 from .merge_expected import Expected
 from .merge_probe import Measured, Probe, measured_of, probe_of
 from .merge_reference import Reference, Served, Streamed, headed_type
@@ -162,7 +163,8 @@ class _Job:
             files = report_files(report)
             if not report.passed:
                 raise _failure(report, self._keep(files))
-            write_beside(folder, report, files, plan.config)
+            chats = bool(base.tokenizer.chat_template)
+            write_beside(folder, files, merged_card(report, plan.config, self.cards[0][1].task, chats))
         self._keep(files)
         return report
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..bases.load import Base
@@ -30,7 +29,6 @@ from ..store import Store
 from ..store.fs import MUTABLE, FileSystem, storing, write_file
 from ..store.reports import keep_report
 from .merge_base import REPORT
-from .merge_card import merged_card
 from .merge_request import Request
 from .merge_served import GGUF
 
@@ -134,11 +132,11 @@ def report_files(report: MergeReport) -> dict[str, bytes]:
     return {REPORT: text.encode(), PAGE: to_html(report).encode()}
 
 
-def write_beside(folder: Path, report: MergeReport, files: Mapping[str, bytes], config: Mapping[str, Any]) -> None:
+def write_beside(folder: Path, files: Mapping[str, bytes], card: str) -> None:
     """Put the report and a model card beside the weights."""
     fs = FileSystem()
     with storing("write the report", folder, sum(map(len, files.values()))):
-        for name, data in {**files, "README.md": merged_card(report, config).encode()}.items():
+        for name, data in {**files, "README.md": card.encode()}.items():
             write_file(fs, folder / name, data, MUTABLE)
 
 
