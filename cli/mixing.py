@@ -35,6 +35,7 @@ RowsOption = Annotated[
 ]
 ROWS = 200  # as of `workflows.combine_setting`, which a command line that is only parsed does not load
 
+_HARDLY = 0.1  # share of the parameters; who saves less gains nothing
 _COARSE = 0.1  # relative error beyond which it is said how to make less
 _SHARE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(?:e(-?[0-9]{1,2}))?(%?)", re.ASCII | re.IGNORECASE)
 
@@ -112,10 +113,18 @@ def show_made(made: Made, as_json: bool, lines: Sequence[str]) -> None:
     if moved is not None:
         say(f"  moves logits by up to {moved:.3g}")
     if made.not_measured:
-        say(printable(f"  effect and metrics are not measured: {made.not_measured}"))
+        say(printable(f"  {_unmeasured(made.not_measured)}"))
     if made.measured:
         say("", *_measured(made, ref))
     say("", printable(_next(made, ref)))
+
+
+def _unmeasured(reason: str) -> str:
+    from ..workflows.combine_publish import NOT_ASKED
+
+    if reason == NOT_ASKED:
+        return "--no-eval: neither its effect on the base nor its metrics were measured"
+    return f"effect and metrics are not measured: {reason}"
 
 
 def _next(made: Made, ref: str) -> str:
@@ -150,6 +159,17 @@ def error_line(origin: Mapping[str, Any]) -> str:
     return f"relative error {share(error)}{most}{more}"
 
 
+def saved_line(before: int, after: int) -> str:
+    """What a conversion saves, of its parameters."""
+    if after > before:
+        return f"{after:,} parameters, more than the {before:,} before"
+    saved = 1 - after / before if before else 0.0
+    told = f"{after:,} of {before:,} parameters"
+    if saved < _HARDLY:
+        return f"{told}: hardly any are saved; a smaller --rank, or a larger --error, saves more"
+    return f"{told}: {100 * saved:.0f}% saved"
+
+
 def share(value: float) -> str:
     """A share as a percentage with up to three digits: 12%, 1.25%, 0.0013%."""
     return f"{100 * value:,.0f}%" if abs(value) >= 1 else f"{100 * value:.3g}%"
@@ -160,7 +180,7 @@ def _measured(made: Made, ref: str) -> list[str]:
     columns = (
         Column("PARENT"),
         Column("METRIC"),
-        Column("ROWS", 3, right=True),
+        Column("ROWS", right=True),
         Column("ALONE", right=True),
         Column(ref.upper() if len(ref) <= 12 else "NOW", right=True),
         Column("CHANGE", 1, right=True),
@@ -173,6 +193,9 @@ def _measured(made: Made, ref: str) -> list[str]:
         if one.alone_since:
             notes.append(f"{one.parent} alone was measured {one.alone_since}, when it was made.")
         names = list(one.alone or {})
+        zeros = [name for name in names if not (one.alone or {})[name]]
+        if zeros:
+            notes.append(f"{one.parent} alone has 0 in {', '.join(zeros)}, and 0 cannot fall: that decides nothing.")
         count = f"{one.rows:,}" if one.rows == one.of_rows else f"{one.rows:,} of {one.of_rows:,}"
         for name in names:
             before, after = (one.alone or {})[name], (one.made or {}).get(name)

@@ -102,11 +102,13 @@ def _facts(card: Card, digest: str, folder: Path) -> list[tuple[str, object]]:
 
 def _parents(card: Card) -> str:
     """The versions that it was made from: of a mix with weights, method and error."""
+    from ..combining.terms import weighted_sum
+
     told, error = card.origin, card.origin.get("error")
     members = [one for one in told.get("members") or () if isinstance(one, dict)]
     weighed = told.get("kind") == "combined" and all(isinstance(one.get("weight"), int | float) for one in members)
-    names = [f"{one['weight']:g} * {one.get('ref')}" for one in members] if weighed else card.parents
-    parts = [" + ".join(names) if weighed else ", ".join(names), f"by {told['method']}" if told.get("method") else ""]
+    names = weighted_sum((one.get("ref"), one["weight"]) for one in members) if weighed else ", ".join(card.parents)
+    parts = [names, f"by {told['method']}" if told.get("method") else ""]
     lost = f"relative error {error:.3g}" if isinstance(error, int | float) and error > 1e-9 else ""
     return ", ".join(part for part in (*parts, lost) if part)
 

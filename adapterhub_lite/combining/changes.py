@@ -161,6 +161,18 @@ def changes_of(
     return Changes(adapter.name, modules, _head(adapter.name, others), spec, adapter.digest, base)
 
 
+def check_additive(adapter: Adapter) -> None:
+    """Raise Unsupported for what is no sum with weights: a prefix, a prompt, a method that only PEFT's layers know."""
+    if not isinstance(adapter.spec, LoraSpec | FactoredSpec | Ia3Spec):
+        raise _not_a_sum(adapter.name, adapter.spec)
+
+
+def head_of(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The whole tensors of an adapter, by their names inside the base."""
+    names = {key.removeprefix(PREFIX): tensor for key, tensor in adapter.tensors.items() if key.startswith(PREFIX)}
+    return {name: tensor for name, tensor in names.items() if _WHOLE.fullmatch(name)}
+
+
 def _not_a_sum(name: str, spec: PrefixSpec | PromptSpec | InjectedSpec) -> Unsupported:
     if isinstance(spec, InjectedSpec):
         what = f"of method {spec.method}, which PEFT's own layers compute: what it adds to a weight is not known here"

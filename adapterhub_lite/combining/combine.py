@@ -179,8 +179,7 @@ def combine(
     notes = [*party.notes, *_cancelled(gone, len(party.modules)), *_rounded(results)]
     if not kept:
         raise NoEffect("Nothing is left: in every layer the changes come to zero.", "Give other weights.")
-    for note in notes:
-        on_event(Note(note, "warning"))
+    _tell(party.facts, notes, on_event)
     title = f"{method} of {' + '.join(f'{weight:g}*{changes.name}' for changes, weight in members)}"
     targets = target_names(kept, gone, party.specs)
     adapter = lora_adapter(title, kept, party.kin, targets, party.head)
@@ -191,7 +190,14 @@ def combine(
     whole = math.sqrt(math.fsum(r.norm**2 for r in results.values()))
     lost = math.sqrt(math.fsum((r.norm * r.error) ** 2 for r in results.values()))
     weights = tuple((changes.name, float(weight)) for changes, weight in members)
-    return Combined(adapter, layers, lost / whole if whole else 0.0, method, weights, tuple(notes))
+    return Combined(adapter, layers, lost / whole if whole else 0.0, method, weights, (*party.facts, *notes))
+
+
+def _tell(facts: Sequence[str], notes: Sequence[str], on_event: Listener) -> None:
+    for fact in facts:
+        on_event(Note(fact))
+    for note in notes:
+        on_event(Note(note, "warning"))
 
 
 def _cancelled(gone: Sequence[str], total: int) -> list[str]:

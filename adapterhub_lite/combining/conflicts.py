@@ -28,16 +28,18 @@ import torch
 from ..adapters.compare import layer_of, natural
 from ..errors import AdapterMismatch, Unsupported
 from ..events import Listener, Progress, ignore
+from .advice import Advice, Question, advise, mean
 from .changes import Changes
 from .low_rank import LowRank
-from .members import error_of
+from .members import error_of, headed
+from .rules.prune import trimmed
 from .streamed import Streamed, largest
+from .threads import one_thread
 
 DENSITY = 0.2  # the share that TIES keeps of a change
 _MOST = 1 << 22  # elements of a matrix whose signs are compared
 _ROUNDING = 1e-6  # singular values below this share of the largest are rounding
 _CLEAR = 1.2  # a winner's share is so many times the next one's
-_LOUD, _AGAINST, _ALIKE, _SAME_INPUTS = 3.0, -0.1, 0.5, 0.5  # where the advice changes; docs/decisions.md
 
 _Pair = tuple[int, int]
 
@@ -83,14 +85,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """The method to try first, and why, in one sentence."""
-
-    method: str
-    why: str
-
-
-@dataclass(frozen=True)
 class ConflictReport:
     """Every module, the layers they belong to, and the whole, as if all modules were one long vector.
 
@@ -122,12 +116,17 @@ class _Tally:
 
 
 def conflicts(
-    members: Sequence[tuple[Changes, float]], density: float = DENSITY, *, on_event: Listener = ignore
+    members: Sequence[tuple[Changes, float]],
+    density: float = DENSITY,
+    *,
+    trained_on: Sequence[str] | None = None,
+    on_event: Listener = ignore,
 ) -> ConflictReport:
     """Compare the weighted changes of two or more adapters of one base.
 
     Args:
         density: share of each matrix's elements, the largest, whose signs count.
+        trained_on: digest of each one's training data, "" where it is not known: the advice depends on it.
 
     Raises:
         Unsupported: fewer than two adapters, or a density outside 0..1.
@@ -145,21 +144,24 @@ def conflicts(
     tallies: dict[str, _Tally] = {}
     for done, module in enumerate(modules):
         on_event(Progress("comparing changes", done, len(modules), "modules"))
-        tallies[module] = _tally(module, members, density)
+        with one_thread():
+            tallies[module] = _tally(module, members, density)
     on_event(Progress("comparing changes", len(modules), len(modules), "modules"))
     layers: dict[str, list[_Tally]] = {}
     for module, tally in tallies.items():
         layers.setdefault(layer_of(module), []).append(tally)
     whole = _place("whole", _sum(tallies.values(), len(members)), names)
+    weights = tuple(weight for _, weight in members)
+    heads = [changes.name for changes in headed([changes for changes, weight in members if weight])]
     return ConflictReport(
         members=tuple(names),
-        weights=tuple(weight for _, weight in members),
+        weights=weights,
         approximated=tuple(error_of(changes) for changes, _ in members),
         density=density,
         modules=tuple(_place(module, tally, names) for module, tally in tallies.items()),
         layers=tuple(_place(layer, _sum(some, len(members)), names) for layer, some in layers.items()),
         whole=whole,
-        advice=_advice(whole, names),
+        advice=advise(Question(whole, names, weights, trained_on or [""] * len(names), heads)),
     )
 
 
@@ -247,7 +249,7 @@ def _some_rows(matrix: LowRank) -> LowRank:
 
 def _kept_signs(rows: torch.Tensor, least: float) -> torch.Tensor:
     """-1, 0 or 1 of each element, 0 for those below `least`."""
-    return torch.where(rows.abs() >= least, rows.sign(), 0.0).to(torch.int8)
+    return trimmed(rows, least).sign().to(torch.int8)
 
 
 # --- telling -----------------------------------------------------------------------------------------------------
@@ -276,16 +278,11 @@ def _meeting(tally: _Tally, norms: Sequence[float | None], pair: _Pair, names: S
         b=names[pair[1]],
         cosine=cosine,
         norm_ratio=other / one if one and other else None,
-        inputs=_mean(inputs for inputs, _ in overlaps),
-        outputs=_mean(outputs for _, outputs in overlaps),
+        inputs=mean(inputs for inputs, _ in overlaps),
+        outputs=mean(outputs for _, outputs in overlaps),
         sign_conflict=opposite / both if both else None,
         both=both,
     )
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return math.fsum(found) / len(found) if found else None
 
 
 def _winner(shares: Sequence[float | None], names: Sequence[str]) -> str | None:
@@ -293,43 +290,3 @@ def _winner(shares: Sequence[float | None], names: Sequence[str]) -> str | None:
     if not ranked or (len(ranked) > 1 and ranked[0][0] < _CLEAR * max(ranked[1][0], 0.0)):
         return None
     return names[ranked[0][1]]
-
-
-def _advice(whole: Place, names: Sequence[str]) -> Advice:
-    """What to try first. It is drawn from weights alone: only answers show which mix is good."""
-    known = [norm for norm in whole.norms if norm]
-    if len(known) < 2:
-        return Advice("linear", "Only one of them changes anything with these weights, so there is nothing to settle.")
-    met = [meeting for meeting in whole.meetings if meeting.cosine is not None]
-    cosines = [meeting.cosine for meeting in met if meeting.cosine is not None]
-    if max(known) >= _LOUD * min(known):
-        loud, quiet = names[whole.norms.index(max(known))], names[whole.norms.index(min(known))]
-        return Advice(
-            "linear",
-            f"The change of {loud} is {max(known) / min(known):.1f} times that of {quiet} and would drown it out: "
-            "combine with method linear, and weights that bring their norms together.",
-        )
-    if min(cosines) <= _AGAINST:
-        worst = min(met, key=lambda meeting: meeting.cosine or 0.0)
-        return Advice(
-            "ties",
-            f"{worst.a} and {worst.b} pull in opposite directions (cosine {worst.cosine:+.2f}), so a sum takes from "
-            "both: try method ties, which lets the stronger sign of each element stand.",
-        )
-    if max(cosines) >= _ALIKE:
-        alike = max(met, key=lambda meeting: meeting.cosine or 0.0)
-        return Advice(
-            "linear",
-            f"{alike.a} and {alike.b} say much the same (cosine {alike.cosine:+.2f}): use method linear with weights "
-            "that add up to 1, or what they share counts twice.",
-        )
-    read = _mean(meeting.inputs for meeting in met if meeting.inputs is not None)
-    if read is not None and read >= _SAME_INPUTS:
-        return Advice(
-            "dare_ties",
-            f"They read the same inputs (overlap {read:.2f}) and do different things with them: try method dare_ties, "
-            "which thins both before it settles signs.",
-        )
-    return Advice(
-        "linear", "They hardly meet: method linear with weight 1 each adds them exactly, and each keeps what it does."
-    )

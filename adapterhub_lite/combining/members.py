@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -43,6 +43,7 @@ class Party:
         embeddings: which of the layers are embeddings.
         specs: of the members.
         notes: what dropped out, and what was approximated before.
+        facts: what was computed on the way, which is nothing to worry about.
     """
 
     modules: dict[str, list[Part]]
@@ -51,6 +52,7 @@ class Party:
     head: dict[str, torch.Tensor]
     kin: Kin
     notes: tuple[str, ...]
+    facts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ def party_of(given: Sequence[tuple[Changes, float]], rule: Rule, head_of: int | 
     _check_given(given, rule, head_of)
     everyone = _ordered(given)
     _check_base(everyone)
-    factors, notes = _factors(everyone, rule)
+    factors, facts = _factors(everyone, rule)
     active = [(member, factor) for member, factor in zip(everyone, factors, strict=True) if factor]
-    notes += [f"{m.name} has the weight 0 and takes no part." for m, f in zip(everyone, factors, strict=True) if not f]
+    notes = [f"{m.name} has the weight 0 and takes no part." for m, f in zip(everyone, factors, strict=True) if not f]
     if not active:
         raise NoEffect("All weights are 0, so nothing is left.", "Give one of them another weight.")
     modules = _modules(active)
@@ -80,7 +82,7 @@ def party_of(given: Sequence[tuple[Changes, float]], rule: Rule, head_of: int | 
     head, owner = _head([member.changes for member, _ in active], whole)
     kin = _kin([member.changes for member, _ in active], owner, notes)
     embeddings = {name: parts[0].change.embedding for name, parts in modules.items()}
-    return Party(modules, embeddings, tuple(m.changes.spec for m, _ in active), head, kin, tuple(notes))
+    return Party(modules, embeddings, tuple(m.changes.spec for m, _ in active), head, kin, tuple(notes), tuple(facts))
 
 
 def _check_given(given: Sequence[tuple[Changes, float]], rule: Rule, head_of: int | None) -> None:
@@ -221,19 +223,34 @@ def _head(active: Sequence[Changes], chosen: Changes | None) -> tuple[dict[str, 
         if not chosen.head:
             raise Unsupported(f"{chosen.name} has no head that could come along.", "Name a member that has one.")
         return chosen.head, chosen
-    headed = [changes for changes in active if changes.head]
-    if not headed:
-        return {}, None
-    if any(not _equal(headed[0].head, other.head) for other in headed[1:]):
-        names = ", ".join(changes.name for changes in headed)
-        raise Unsupported(
-            f"{names} each bring a head of their own ({next(iter(headed[0].head))}), and heads are not summed.",
-            "Say whose comes along: --head NAME (head_of).",
-        )
-    return headed[0].head, headed[0]
+    owners = headed(active)
+    if len(owners) > 1:
+        raise one_head([own.name for own in owners], [own.head for own in owners], "head_of, its place among them")
+    return (owners[0].head, owners[0]) if owners else ({}, None)
 
 
-def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+def headed(active: Sequence[Changes]) -> list[Changes]:
+    """Those that bring a head of their own; one for all where their heads are equal."""
+    found = [changes for changes in active if changes.head]
+    return found if heads_differ([changes.head for changes in found]) else found[:1]
+
+
+def heads_differ(heads: Sequence[Mapping[str, torch.Tensor]]) -> bool:
+    """Whether two of them, by names inside the base, are not the same."""
+    return any(not _equal(heads[0], other) for other in heads[1:])
+
+
+def one_head(names: Sequence[str], heads: Sequence[Mapping[str, torch.Tensor]], how: str) -> Unsupported:
+    """Why heads that differ are not combined.
+
+    Args:
+        how: the caller's way to choose one.
+    """
+    told = f"{', '.join(names)} each bring a head of their own ({next(iter(heads[0]))}), and heads are not summed."
+    return Unsupported(told, f"Say whose comes along: {how}.")
+
+
+def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 

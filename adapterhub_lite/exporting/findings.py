@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Severity = Literal["refused", "silently wrong", "info"]
-"""What the reader does with the version as it is stored: an error, wrong numbers without a word, or nothing wrong."""
+_DONE = {"rewritten": "rewritten", "svd": "rewritten by SVD", "refused": "refused"}
+_UNDONE = {"refused": "refused by older versions", "silently wrong": "may be silently wrong"}
+
+Severity = Literal["refused", "silently wrong", "warning", "info"]
+"""What the reader does with the version as it is stored: an error, wrong numbers without a word, what depends on the
+weights it is given, or nothing wrong."""
 Remedy = Literal["rewritten", "svd", "refused", "told"]
 """What the export does: rewrites without loss, by SVD with an error, not at all, or leaves as it is and says so."""
 
@@ -30,6 +34,14 @@ class Finding:
     done: str
     error: float | None = None
 
+    @property
+    def verdict(self) -> str:
+        """The severity, and what is left of it in what is written."""
+        done = _DONE.get(self.remedy)
+        if done is None:
+            return _UNDONE.get(self.severity, self.severity)
+        return done if self.severity in ("info", done) else f"would be {self.severity}; {done}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain form."""
         told = {"rule": self.rule, "severity": self.severity, "what": self.what, "remedy": self.remedy}
@@ -39,3 +51,9 @@ class Finding:
 def refusals(findings: Iterable[Finding]) -> list[Finding]:
     """Those for which nothing can be written."""
     return [one for one in findings if one.remedy == "refused"]
+
+
+def one_of(ways: Sequence[str]) -> str:
+    """What to do, as a sentence; empty where there is nothing."""
+    text = ", or ".join(ways)
+    return f"{text[0].upper()}{text[1:]}." if text else ""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..adapters.lora import PREFIX
 from ..formats.specs import LoraSpec
-from .findings import Finding, Remedy
+from .findings import Finding, Remedy, one_of
 from .pairs import total
 from .readers import Reader
 from .traits import TRAITS, Facts
@@ -22,7 +22,10 @@ def lint(facts: Facts, reader: Reader) -> list[Finding]:
         if what is not None:
             severity, says = reader.says[rule]
             remedy, done, error = _DONE[rule](facts, reader)
-            found.append(Finding(rule, severity, f"{what}; {reader.name} {says}.", remedy, done, error))
+            given = rule == "rank_limit" and facts.asked.max_rank is not None
+            why = f"is above your --max-rank {facts.limit}" if given else f"{reader.name} {says}"
+            what += " " if given else "; "
+            found.append(Finding(rule, severity, f"{what}{why}.", remedy, done, error))
     if facts.cut and not any(one.rule == "rank_limit" for one in found):
         most = max(facts.ranks.values())
         found.append(Finding("rank", "info", f"ranks up to {most}, to be cut", "svd", _cut(facts), svd_error(facts)))
@@ -82,8 +85,11 @@ def _padded(facts: Facts, reader: Reader) -> Done:
 
 def _rank_limit(facts: Facts, reader: Reader) -> Done:
     if facts.limit and facts.rank > facts.limit:
-        larger = f"Start it with room for {facts.rank} and say so with --max-rank, or cut" if reader.limits else "Cut"
-        return "refused", f"{larger} it: --rank {facts.limit}, or --error 1%.", None
+        room = reader.room(facts.rank) if reader.limits or facts.asked.max_rank else None
+        ways = [f"start it with room for {room} and say so: --max-rank {room}"] if room else []
+        helps = reader.padded(facts.limit) <= facts.limit
+        ways += [f"cut it: --rank {facts.limit}, or --error 1%"] if helps else []
+        return "refused", one_of(ways or ["serve it here or with PEFT"]), None
     return "svd", _cut(facts), svd_error(facts)
 
 

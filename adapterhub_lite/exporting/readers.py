@@ -31,6 +31,7 @@ class Reader:
         fills: which layers must have matrices, be they zero: those fused with a changed one, or those of all layers.
         heads: heads that it loads as whole tensors; `*` for any.
         named: whether the user must say what it calls the base.
+        quantized: quantisation of a base -> how it is told to load one so; none where it is not known to.
     """
 
     name: str
@@ -44,11 +45,18 @@ class Reader:
     fills: Literal["siblings", "layers"] | None = None
     heads: tuple[str, ...] = ()
     named: bool = False
+    quantized: Mapping[str, str] = field(default_factory=dict)
 
     def padded(self, rank: int) -> int:
         """The rank that a file gets whose largest is `rank`."""
         beyond = self.ranks[-1] if self.ranks else 1
         return next((known for known in self.ranks if known >= rank), -(-rank // beyond) * beyond)
+
+    def room(self, rank: int) -> int | None:
+        """The setting by which its server takes a file of this rank; None where no setting does."""
+        if self.limits:
+            return next((known for known in self.limits if known >= rank), None)
+        return rank if self.limit is None or rank <= self.limit else None
 
     def checked_limit(self, wanted: int | None) -> int | None:
         """The largest rank, where the user said how the server was started.
@@ -72,6 +80,8 @@ _NO_LORA: dict[str, Says] = {
 }
 _NO_BASE: Says = (_REFUSED, "has no such layers to change")
 
+_DOUBLE = " (near it: scales are quantised too)"
+
 # peft 0.21: `utils.save_and_load.set_peft_model_state_dict`, `tuners.tuners_utils`, `utils.other.get_pattern_key`.
 PEFT = Reader(
     "peft",
@@ -83,12 +93,20 @@ PEFT = Reader(
         "base_name": (_INFO, "looks for the base by it in AutoPeftModel and warns when it differs"),
     },
     advice=("PeftModel.from_pretrained(base, FOLDER) loads it.",),
+    quantized={
+        "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+        "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")',
+        "nf4-double": (
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+        ),
+    },
 )
 
 # vllm: `lora/peft_helper.py` (PEFTHelper.from_dict keeps r, lora_alpha, target_modules, bias, modules_to_save,
 # use_rslora, use_dora; validate_legal), `config/lora.py` (MaxLoRARanks), `lora/lora_model.py` (its check of modules
 # looks at last names only), `lora/utils.py` (parse_fine_tuned_lora_name), the filesystem resolver of `plugins`
-# (peft_type and base_model_name_or_path compared as strings); heads: pull request 53555 (2026-09).
+# (peft_type and base_model_name_or_path compared as strings); heads: pull request 53555 (2026-09);
+# `model_executor/model_loader/bitsandbytes_loader.py` (quantize_4bit with compress_statistics and quant_type nf4).
 VLLM = Reader(
     "vllm",
     says={
@@ -112,6 +130,10 @@ VLLM = Reader(
     limit=16,
     limits=(1, 8, 16, 32, 64, 128, 256, 320, 512),
     heads=("score.weight", "score.bias", "classifier.weight", "classifier.bias"),
+    quantized={
+        "nf4": f"--quantization bitsandbytes{_DOUBLE}",
+        "nf4-double": "--quantization bitsandbytes",
+    },
 )
 
 # sglang: `srt/lora/lora.py` (LoRAAdapter.scaling = lora_alpha / r; normalize_qkv_proj wants q_proj and v_proj where one
@@ -140,7 +162,8 @@ SGLANG = Reader(
 
 # lorax: `server/lorax_server/adapters/lora.py` (map_weights_for_model skips modules without lora_A and lora_B;
 # LoraWeights.load returns None where one layer of a type lacks them, and writes the padded rank into config.r, by which
-# the types that come after it are divided), `utils/sgmv.py` (pad_rank; kernels of rank 16, 32, 64, 128).
+# the types that come after it are divided), `utils/sgmv.py` (pad_rank; kernels of rank 16, 32, 64, 128),
+# `docs/guides/quantization.md` (bitsandbytes-nf4), whose layers have compress_statistics.
 LORAX = Reader(
     "lorax",
     says={
@@ -161,6 +184,10 @@ LORAX = Reader(
     limit=128,
     ranks=(16, 32, 64, 128),
     fills="layers",
+    quantized={
+        "nf4": f"--quantize bitsandbytes-nf4{_DOUBLE}",
+        "nf4-double": "--quantize bitsandbytes-nf4",
+    },
 )
 
 # llama.cpp: `convert_lora_to_gguf.py` (one alpha; exits on tensors that are not lora_A or lora_B; raises for lm_head of

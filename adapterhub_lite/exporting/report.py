@@ -59,11 +59,22 @@ class ExportReport:
             count = len(self.refused)
             return [f"{self.ref} cannot be written for {self.reader}: {count} point{'s' if count > 1 else ''} above."]
         if self.path is None:
-            return [f"{self.ref} can be written for {self.reader}{_of_rank(self.rank)}."]
-        said = [f"{self.ref} -> {self.path} for {self.reader}{_of_rank(self.rank)}."]
+            return [f"{self.ref} can be written for {self.reader}{_of_rank(self.rank)}{self._caveats()}."]
+        said = [f"{self.ref} -> {self.path} for {self.reader}{_of_rank(self.rank)}{self._caveats()}."]
         if self.error is not None:
             said.append(f"Read back: {len(self.layers)} modules, relative error {self.error:.1e}{_worst(self.layers)}.")
         return said
+
+    def _caveats(self) -> str:
+        """What is written and may fail, or answer otherwise, where it is read."""
+        refused, wrong, warned = (self._left(severity) for severity in ("refused", "silently wrong", "warning"))
+        found = [f"older versions of {self.reader} refuse it ({refused})"] if refused else []
+        found += [f"{self.reader} may read it wrongly ({wrong})"] if wrong else []
+        found += [f"mind the warning above ({warned})"] if warned else []
+        return ", but " + ", and ".join(found) if found else ""
+
+    def _left(self, severity: str) -> str:
+        return ", ".join(one.rule for one in self.findings if one.severity == severity and one.remedy == "told")
 
 
 def _of_rank(rank: int | None) -> str:

@@ -119,7 +119,11 @@ def _rslora(facts: Facts) -> str | None:
 
 def _rank_limit(facts: Facts) -> str | None:
     most = max(facts.ranks.values(), default=0)
-    return f"rank {max(most, facts.rank)}" if facts.limit and max(most, facts.rank) > facts.limit else None
+    if not facts.limit or max(most, facts.rank) <= facts.limit:
+        return None
+    if facts.asked.max_rank is not None and most <= facts.limit:
+        return f"rank {most}, padded to {facts.rank},"
+    return f"rank {max(most, facts.rank)}"
 
 
 def _padded_rank(facts: Facts) -> str | None:

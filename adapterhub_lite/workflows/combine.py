@@ -8,17 +8,20 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Any
 
+from ..adapters.adapter import Adapter
 from ..bases.load import Base
-from ..combining.changes import Changes, changes_of
+from ..combining.changes import Changes, changes_of, check_additive, head_of
 from ..combining.combine import Options
 from ..combining.combine import combine as combine_changes
+from ..combining.members import heads_differ, one_head
 from ..combining.rules import RULES
+from ..combining.terms import weighted_sum
 from ..errors import Unsupported
 from ..events import Listener, Stage, ignore
 from ..names import Ref, check_name
 from ..store import Store
 from .combine_base import FrozenWeights, Ground, ground_of
-from .combine_members import Member, Weighted, members_of, primary_of
+from .combine_members import Member, Weighted, check_one_base, members_of, primary_of
 from .combine_publish import Made, Making, check_size, put_made
 from .combine_setting import ROWS, Setting
 
@@ -90,8 +93,13 @@ def make_combined(
     weights: Sequence[float] | None = None,
     name: str | None = None,
     head: str | Ref | None = None,
+    choose_head: str = 'head="{}"',
 ) -> Made:
-    """As `combine`, with all that was found on the way."""
+    """As `combine`, with all that was found on the way.
+
+    Args:
+        choose_head: how the caller would name the member whose head is kept.
+    """
     started, store, on_event = time.perf_counter(), setting.store, setting.on_event
     setting.check()
     _check_method(method)
@@ -99,34 +107,70 @@ def make_combined(
     options.check(RULES[method])
     members = members_of(store, adapters, weights, 1.0 if method in _WHOLE else None)
     name = check_name(name) if name is not None else _name_of(members)
-    head_of = _head_of(store, members, head)
+    owner = _head_of(store, members, head)
+    if not isinstance(setting.base, str):  # one that is named is loaded, which takes a while
+        check_one_base(members, setting.base)
+    read = [member.adapter(store) for member in members]
+    for adapter in read:
+        check_additive(adapter)
+    _check_alone(members, method, options)
+    if owner is not None and not head_of(read[owner]):
+        raise Unsupported(f"{members[owner]} has no head that could be kept.", "Name one that has, or none.")
+    if owner is None:
+        _check_heads(members, read, choose_head)
     store.prepare()
     ground = ground_of(members, setting.base, setting.quantize, setting.device, on_event)
-    on_event(Stage(f"combining {' + '.join(f'{one.weight:g} * {one}' for one in members)} by {method}"))
-    changes = [(changes_in(store, member, ground, whole=True), member.weight) for member in members]
-    combined = combine_changes(changes, method, options, head_of=head_of, on_event=on_event)
+    on_event(Stage(f"combining {weighted_sum((one, one.weight) for one in members)} by {method}"))
+    changes = [
+        (changes_in(member, adapter, ground, whole=True), member.weight)
+        for member, adapter in zip(members, read, strict=True)
+    ]
+    combined = combine_changes(changes, method, options, head_of=owner, on_event=on_event)
     headed = [member for member, (own, _) in zip(members, changes, strict=True) if own.head]
-    primary = members[head_of] if head_of is not None else primary_of(headed or members)
+    primary = members[owner] if owner is not None else primary_of(headed or members)
     making = Making(
         name=name,
         members=members,
         primary=primary,
-        origin=_origin(method, options, members, head_of),
+        origin=_origin(method, options, members, owner),
         started=started,
         seed=options.seed if "seed" in _USED.get(method, ()) else None,
     )
     return put_made(combined, making, ground, setting)
 
 
-def changes_in(store: Store, member: Member, ground: Ground, *, whole: bool = False) -> Changes:
+def changes_in(member: Member, adapter: Adapter, ground: Ground, *, whole: bool = False) -> Changes:
     """The member's changes of weights; of DoRA and IA3 with the frozen weights, where they are on this disk.
 
     Args:
         whole: these are not brought to low rank; their frozen weights are read anew when a layer is computed.
     """
-    adapter = member.adapter(store)
     frozen = FrozenWeights(member, ground.folder, adapter.spec.task_type) if ground.folder is not None else None
     return changes_of(adapter, frozen, bias_of=frozen.bias if frozen else None, whole=whole)
+
+
+def _check_alone(members: Sequence[Member], method: str, options: Options) -> None:
+    """One adapter as it is would be stored again under another name."""
+    sized = options.rank is not None or options.error is not None
+    thinned = "density" in _USED.get(method, ()) and options.density < 1
+    needs_more = RULES[method].members is not None  # and says so itself
+    moving = [member for member in members if member.weight]
+    if len(moving) == 1 and moving[0].weight == 1 and not (sized or thinned or needs_more):
+        zero = ", ".join(str(member) for member in members if not member.weight)
+        others = f"With the weight 0 of {zero}, " if zero else ""
+        raise Unsupported(
+            f"{others}{moving[0]} alone, with weight 1, would be stored again as it is.",
+            "Name another adapter, give a weight other than 1, a rank or an error; `ahl alias` gives it another name.",
+        )
+
+
+def _check_heads(members: Sequence[Member], read: Sequence[Adapter], choose: str) -> None:
+    """Before anything is computed; of members that take part."""
+    found = [(str(member), head_of(adapter)) for member, adapter in zip(members, read, strict=True) if member.weight]
+    found = [(name, head) for name, head in found if head]
+    names, heads = [name for name, _ in found], [head for _, head in found]
+    if heads_differ(heads):
+        raise one_head(names, heads, " or ".join(choose.format(name) for name in names[:3]))
 
 
 def _check_method(method: str) -> None:
@@ -136,14 +180,14 @@ def _check_method(method: str) -> None:
         raise Unsupported(f"There is no method {method!r}.", f"{guess}There are {', '.join(RULES)}.")
 
 
-def _origin(method: str, options: Options, members: Sequence[Member], head_of: int | None) -> dict[str, Any]:
+def _origin(method: str, options: Options, members: Sequence[Member], owner: int | None) -> dict[str, Any]:
     used = ("rank", "error", *_USED.get(method, ()))
     return {
         "kind": "combined",
         "method": method,
         "weights": [member.weight for member in members],
         "options": {key: value for key, value in asdict(options).items() if key in used and value is not None},
-        **({"head": str(members[head_of])} if head_of is not None else {}),
+        **({"head": str(members[owner])} if owner is not None else {}),
     }
 
 

@@ -113,7 +113,8 @@ class _Bench:
         self.metrics: dict[str, dict[str, float]] = {}
         self.examples: dict[str, Any] = {}
         self._answered: dict[object, Evaluation] = {}
-        self._left = self._spent = self._done = 0.0  # rows to answer, seconds for those that were answered
+        self._left = self._done = 0  # answers to come, and given
+        self._spent = 0.0  # seconds for those
 
     def part(self, one: HeldOut) -> _Part:
         """What is to be measured of one test set; what cannot be is told, and ends nothing."""
@@ -170,17 +171,28 @@ class _Bench:
         return replace(told, alone=alone, made=made.metrics)
 
     def _evaluated(self, rows: Rows, task: Mapping[str, Any], adapter: str | Ref, title: str) -> Evaluation:
-        self.setting.on_event(Stage(f"{title}: {len(rows):,} of {self._left:,.0f} rows to answer{self._time()}"))
+        self.setting.on_event(Stage(f"{title}: {counted(len(rows))}{self._time(len(rows))}"))
         started = time.perf_counter()
         found = evaluate(self.runtime, make_task(task), rows, adapter, self.setting.on_event, title)
         self._spent += time.perf_counter() - started
         self._done, self._left = self._done + len(rows), self._left - len(rows)
         return found
 
-    def _time(self) -> str:
-        """How long the rest takes, once some rows were answered."""
-        left = self._spent / self._done * self._left if self._done else 0.0
-        return f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left" if left >= 1 else ""
+    def _time(self, now: int) -> str:
+        """How many answers there are beside those that come now; once some were given, how long the rest takes."""
+        total = self._done + self._left
+        if total == now:
+            return ""
+        if not self._done:
+            return f" ({total:,} answers in all)"
+        left = self._spent / self._done * self._left
+        time_left = f", about {left / 60:.0f} min" if left >= 90 else f", about {left:.0f} s" if left >= 1 else ""
+        return f" ({self._left:,} of {total:,} answers left{time_left})"
+
+
+def counted(rows: int) -> str:
+    """`1 row`, `5 rows`."""
+    return f"{rows:,} row{'' if rows == 1 else 's'}"
 
 
 def _examples(answers: Sequence[str], chosen: Sequence[int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..combining.combine import Combined, Layer, Options
 from ..errors import Unsupported
+from ..events import Note
 from ..formats.card import Card
 from ..names import Ref
 from .combine_base import Ground, with_base
@@ -20,8 +21,9 @@ from .combine_members import Member
 from .combine_setting import Setting
 from .publish import adapter_summary, libraries
 
-NOT_ASKED = "It was not asked for."
+NOT_ASKED = "Measuring was turned off."
 """Why a version that was made with `evaluate=False` is not measured."""
+_LARGE = 0.2  # relative error of the whole that a person should know of
 _ROUNDING = 1e-7  # relative: factors stored in float32 have no less
 
 
@@ -84,6 +86,9 @@ def put_made(combined: Combined, making: Making, ground: Ground, setting: Settin
         AdapterMismatch: it does not fit the base.
     """
     adapter: Adapter = replace(combined.adapter, name=making.name, card=None, digest="")
+    if combined.error > _LARGE:
+        text = f"What is stored is off by {100 * combined.error:.0f}% of the exact change: it may do something else."
+        setting.on_event(Note(text, "warning"))
     members, task = making.members, dict(making.primary.card.task)
     data, proof = data_of(members, making.primary), Proof()
     if setting.evaluate:

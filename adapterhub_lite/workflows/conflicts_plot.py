@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..combining.conflicts import ConflictReport, Place
+from ..combining.terms import weighted_sum
 from .curves import _save, _style, check_target
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _MOST_TEXTS = 14  # layers beyond which the cells hold no numbers
 _MOST_TICKS = 32
 _MOST_PAIRS = 30
+_LONGEST_SUM = 90
 _FLAT = 16  # layers beyond which their names stand upright
 _NAN = float("nan")
 
@@ -58,7 +60,7 @@ def _fill(figure: Figure, rows: Sequence[Axes], report: ConflictReport, pairs: S
     _map(figure, rows[0], shares, report.members, "share of the sum", ("viridis", 0.0, 1.0))
     _map(figure, rows[1], cosines, named, "cosine", ("RdBu_r", -1.0, 1.0))
     _map(figure, rows[2], signs, named, "opposite signs", ("magma", 0.0, 1.0))
-    rows[0].set_title(f"Whose change the sum is, by layer{_heaviest(report)}", fontsize=11)
+    rows[0].set_title(f"Whose change the sum is, by layer{_heaviest(report)}\n{_sum(report)}", fontsize=11)
     top = round(report.density * 100)
     some = f": the {len(pairs)} of {len(met)} pairs that agree least" if len(pairs) < len(met) else ""
     rows[1].set_title(f"How the changes agree{some}", fontsize=11)
@@ -71,6 +73,12 @@ def _fill(figure: Figure, rows: Sequence[Axes], report: ConflictReport, pairs: S
     turned = len(layers) > _FLAT or max(map(len, names)) > 2
     rows[-1].set_xticks(list(shown), [names[i] for i in shown], rotation=90 if turned else 0)
     rows[-1].set_xlabel("layer")
+
+
+def _sum(report: ConflictReport) -> str:
+    """The weighted sum that is shared, as far as a line holds it."""
+    told = weighted_sum(zip(report.members, report.weights, strict=True))
+    return told if len(told) <= _LONGEST_SUM else f"{told[: _LONGEST_SUM - 3]}..."
 
 
 def _heaviest(report: ConflictReport) -> str:

@@ -16,21 +16,24 @@ from ..bases.quiet import quiet
 from ..errors import AdapterHubError, AdapterMismatch, StoreError, Unsupported
 from ..events import Listener, Stage, ignore
 from ..exporting.base import BaseFacts, base_facts
-from ..exporting.findings import Finding, refusals
+from ..exporting.findings import Finding, one_of, refusals
 from ..exporting.lint import svd_error
 from ..exporting.pairs import Pair, is_exact
 from ..exporting.prepare import Layer, Prepared, prepare
 from ..exporting.readers import Reader, reader_named
 from ..exporting.report import ExportReport
 from ..exporting.staging import staged_folder
+from ..exporting.trained_on import is_quantized, measured_original, quantized_advice, quantized_base
 from ..exporting.traits import Asked
 from ..exporting.write import MODELFILE, modelfile, write_gguf, write_peft, write_report
 from ..formats.card import Card
+from ..formats.specs import InjectedSpec, PrefixSpec, PromptSpec
 from ..merging.merge import check_out
 from ..merging.weights import Weights
 from ..names import Ref
 from ..store import Store
 from ..store.fs import MUTABLE, FileSystem, write_file
+from ..store.reports import kept_reports
 from .base_choice import base_name as own_base_name
 from .base_choice import is_trusted
 from .own_base import check_weights
@@ -175,8 +178,11 @@ def look(
             on_event(Stage(f"reading {resolved} as {chosen.name} would, with the weights of its base"))
         name = asked.base_name or _public_name(card) or adapter.spec.base_model
         prepared = prepare(adapter, chosen, asked, base=facts, weights=weights, base_name=name)
-    if (remark := _other_weights(card, name)) is not None:
-        prepared = replace(prepared, findings=[*prepared.findings, remark])
+    findings = quantized_advice(prepared.findings, chosen, card.base.get("quantization"))
+    merges = not isinstance(adapter.spec, PrefixSpec | PromptSpec | InjectedSpec)
+    quantized = _quantized(card, resolved, chosen, store, merges=merges)
+    other = _other_weights(card, name, str(resolved), chosen, merges=merges)
+    prepared = replace(prepared, findings=[one for one in (quantized, other, *findings) if one is not None])
     return Pending(resolved, chosen, store, prepared, name)
 
 
@@ -216,15 +222,29 @@ def _public_name(card: Card) -> str | None:
     return repo or (entry.hub_id if entry else None)
 
 
-def _other_weights(card: Card, name: str | None) -> Finding | None:
+def _quantized(card: Card, ref: Ref, reader: Reader, store: Store, *, merges: bool) -> Finding | None:
+    """That the base was quantised, with what a merge has measured on its other weights."""
+    kind = card.base.get("quantization")
+    if not is_quantized(kind) or ref.version is None:
+        return None
+    reports = [told for _, told in kept_reports(store.path, ref.name, ref.version)]
+    measured = measured_original(reports, ref.digest, kind)
+    return quantized_base(kind, own_base_name(card) or "its base", str(ref), reader, measured, merges=merges)
+
+
+def _other_weights(card: Card, name: str | None, ref: str, reader: Reader, *, merges: bool = True) -> Finding | None:
     """Weights of a package differ from those of the same name on the Hub; a server would fetch the latter."""
     base = own_base_name(card) or ""
     entry = CATALOG.get(base)
     if entry is None or name != entry.hub_id or card.base.get("repo") is not None:
         return None
     what = f"it was trained on {base} as this machine has it, whose weights may not be those of {name} on the Hub"
-    done = f"Serve the folder that `ahl base show {base}` names, or ship the merge: ahl merge REF --out DIR."
-    return Finding("base_weights", "info", what, "told", done)
+    kind = card.base.get("quantization")
+    load, how = ("load", f" in {kind}") if is_quantized(kind) else ("serve", "")
+    loads = not is_quantized(kind) or str(kind) in reader.quantized
+    ways = [f"{load} the folder that `ahl base show {base}` names{how}"] if loads else []
+    ways += [f"ship the merge: `ahl merge {ref} --out DIR`"] if merges else []
+    return Finding("base_weights", "info", f"{what}.", "told", one_of(ways))
 
 
 def _checked_target(target: Path, store: Store) -> Path:

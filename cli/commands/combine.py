@@ -83,13 +83,16 @@ def run(
     opened = open_store(store)
     silence()
     from ...combining.combine import Options
+    from ...combining.terms import weighted_sum
     from ...workflows.combine import make_combined
     from ...workflows.combine_setting import Setting
 
     options = Options(rank=rank, error=wished, density=kept or 0.0, seed=seed, majority_sign=majority)  # type: ignore[arg-type]
     with reporting() as on_event:
         setting = Setting(opened, base, quantize, device, not no_eval, rows, on_event)
-        made = make_combined(names, method, options, setting, weights=numbers, name=name, head=head)
+        made = make_combined(
+            names, method, options, setting, weights=numbers, name=name, head=head, choose_head="--head {}"
+        )
     origin = made.card.origin
-    parts = " + ".join(f"{one['weight']:g} * {one['ref']}" for one in origin["members"])
+    parts = weighted_sum((one["ref"], one["weight"]) for one in origin["members"])
     show_made(made, as_json, [f"{parts}, by {origin['method']}", error_line(origin)])

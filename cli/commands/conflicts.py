@@ -60,8 +60,19 @@ def run(
     if as_json:
         emit({**report.to_dict(), **({"plot": str(plot)} if plot else {})})
         return
-    say(*_pairs(report), "", *_places(report, modules), "", printable(_verdict(report)))
-    say(printable(report.advice.why), *_approximated(report), *written(plot))
+    say(*_header(report, numbers is None), "", *_pairs(report), "", *_places(report, modules), "")
+    advice = report.advice
+    say(*map(printable, (_verdict(report), advice.why, *advice.notes)), *_approximated(report), *written(plot))
+
+
+def _header(report: ConflictReport, usual: bool) -> list[str]:
+    """Which weights every figure is of."""
+    from ...combining.terms import weighted_sum
+
+    told = f"{weighted_sum(zip(report.members, report.weights, strict=True))}: all figures are of this sum."
+    share = 1 / len(report.members)
+    other = f"No weights were given; `ahl combine` with method linear then takes {share:.2g} each." if usual else ""
+    return [printable(line) for line in (told, other) if line]
 
 
 def _approximated(report: ConflictReport) -> list[str]:

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from ..app import command, new_app
-from ..mixing import ROWS, ErrorOption, NoEvalOption, RankOption, RowsOption, error_line, read_size, show_made
+from ..mixing import (
+    ROWS,
+    ErrorOption,
+    NoEvalOption,
+    RankOption,
+    RowsOption,
+    error_line,
+    read_size,
+    saved_line,
+    show_made,
+)
 from ..opening import open_store, silence
 from ..options import BaseOption, DeviceOption, JsonOption, QuantizeOption, RefArgument, StoreOption
 from ..progress import reporting
@@ -54,4 +64,5 @@ def run(
         setting = Setting(opened, base, quantize, device, not no_eval, rows, on_event)
         made = make_converted(ref, setting, rank=rank, error=wished, to=to, name=name)
     origin = made.card.origin
-    show_made(made, as_json, [f"{made.card.parents[0]} ({origin['from']}) as {origin['to']}", error_line(origin)])
+    lines = [f"{made.card.parents[0]} ({origin['from']}) as {origin['to']}", error_line(origin)]
+    show_made(made, as_json, [*lines, saved_line(origin["from_parameters"], made.card.adapter["parameters"])])

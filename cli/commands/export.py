@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,15 +13,17 @@ from ..guard import Failure, UsageProblem
 from ..opening import open_store, silence
 from ..options import JsonOption, RefArgument, StoreOption
 from ..progress import reporting
-from ..render import Column, emit, printable, remark, say, table
+from ..render import emit, printable, remark, say, width
 
 if TYPE_CHECKING:
+    from ...exporting.findings import Finding
     from ...exporting.report import ExportReport
     from ...names import Ref
     from ...store import Store
 
 app = new_app()
-_COLUMNS = (Column("POINT"), Column("AS IT IS"), Column("", spare=2), Column("DONE", spare=1))
+_WIDEST = 100  # columns of text that are read with ease
+_GLUE = "\0"  # for a space where no line ends: printable text has none
 
 
 @command(
@@ -104,9 +107,10 @@ def _show(report: ExportReport, check: bool, as_json: bool) -> None:
         emit(report.to_dict())
     else:
         points = [one for one in report.findings if one.rule != "advice"]
-        rows = [(one.rule, one.severity, one.what, _done(one.remedy, one.done, one.error)) for one in points]
         told = [one.what for one in report.findings if one.rule == "advice" and not report.refused]
-        say(*(table(_COLUMNS, rows) if rows else ()), *map(printable, [*report.lines(), *told]))
+        blocks = [line for one in points for line in _block(one)]
+        said = [line for text in report.lines() for line in _wrapped(text, width())]
+        say(*blocks, *([""] if blocks else []), *said, *map(printable, told))
     if report.refused:
         if not check:
             first = report.refused[0]
@@ -114,9 +118,23 @@ def _show(report: ExportReport, check: bool, as_json: bool) -> None:
         raise Failure("The reader cannot have this version.")
 
 
-def _done(remedy: str, done: str, error: float | None) -> str:
-    cost = f" (error {error:.2%})" if error is not None else ""
-    return f"{remedy}: {done}{cost}" if done else ""
+def _block(point: Finding) -> list[str]:
+    """One finding: its verdict and name, and below them what the version has and what was done."""
+    cost = f" (error {point.error:.2%})" if point.error is not None else ""
+    done = _wrapped(f"{point.done}{cost}", min(width(), _WIDEST), "  -> ", "     ") if point.done else []
+    what = _wrapped(point.what, min(width(), _WIDEST), "  ", "  ")
+    return [printable(f"{point.verdict}: {point.rule}"), *what, *done]
+
+
+def _wrapped(text: str, limit: int, first: str = "", rest: str = "") -> list[str]:
+    """Lines of whole words; a path, and a command in backticks, stay whole and can be copied."""
+    from textwrap import TextWrapper
+
+    lines = TextWrapper(
+        max(limit, 20), initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    whole = re.sub("`[^`]*`", lambda command: command[0].replace(" ", _GLUE), printable(text))
+    return [line.replace(_GLUE, " ") for line in lines.wrap(whole)]
 
 
 def _share(text: str | None) -> float | None:

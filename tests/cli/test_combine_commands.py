@@ -37,6 +37,18 @@ def shelf(two: Path) -> Iterator[Path]:
             store.remove(f"{entry.name}@{entry.version}", force=True)
 
 
+@pytest.fixture(scope="module")
+def two_moods(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two classifiers of one task, by two seeds."""
+    store = tmp_path_factory.mktemp("moods") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AHL_CACHE", str(shop.folder / "cache"))
+        for name, seed in (("moods", 0), ("mirth", 3)):
+            done = ahl("train", shop.recipe("moods"), "--name", name, "-o", f"training.seed={seed}", "--store", store)
+            assert done.exit_code == 0, done.stderr
+    return store
+
+
 # --- combine -----------------------------------------------------------------------------------------------------
 
 
@@ -45,20 +57,21 @@ def test_combine_says_what_was_made_and_measured(shelf: Path) -> None:
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Combined into mix@1: lora, rank 5, ")
-    assert lines[1:3] == ["  0.7 * parrot@1 + -0.3 * echo@1, by linear", "  exact: no relative error above rounding"]
+    assert lines[1:3] == ["  0.7 * parrot@1 - 0.3 * echo@1, by linear", "  exact: no relative error above rounding"]
     assert lines[3].startswith("  moves logits by up to ")
     table = lines.index("")
     assert lines[table + 1].split() == ["PARENT", "METRIC", "ROWS", "ALONE", "MIX@1", "CHANGE"]
-    begun = [line.split()[0] for line in lines[table + 2 : -4] if not line.startswith(" ")]
+    cells = [line for line in lines[table + 2 :] if len(line.split()) in (5, 6) and line.split()[-1][0] in "+-"]
+    begun = [line.split()[0] for line in cells if not line.startswith(" ")]
     assert begun == ["parrot@1", "echo@1"]
     created = told("show", "echo@1", "--store", shelf)["card"]["created"]
-    assert lines[-3] == f"echo@1 alone was measured {created}, when it was made."
+    assert f"echo@1 alone was measured {created}, when it was made." in lines
     assert lines[-1].startswith("Measure it again with `ahl eval mix@1`")
-    assert "rows to answer" in done.stderr
+    assert "measuring mix on test: 4 rows" in done.stderr
     shown = ahl("show", "mix", "--store", shelf).stdout.splitlines()
     assert "combined" in shown[0]
     assert [line.split(None, 2)[2] for line in shown if line.startswith("made from")] == [
-        "0.7 * parrot@1 + -0.3 * echo@1, by linear"
+        "0.7 * parrot@1 - 0.3 * echo@1, by linear"
     ]
 
 
@@ -80,6 +93,7 @@ def test_some_rows_are_measured_and_said_to_be_some(shelf: Path) -> None:
     done = ahl("combine", "parrot@1", "echo@1", "--rows", "2", "--name", "part", "--store", shelf)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
+    assert "measuring parrot@1 alone: 2 rows (6 answers in all)" in done.stderr
     assert any(line.startswith("parrot@1") and " 2 of 4 " in line for line in lines)
     assert lines[-1].startswith("Measure it on all rows with `ahl eval part@1`")
     assert "test (2 of 4 rows) metrics" in ahl("show", "part", "--store", shelf).stdout
@@ -90,6 +104,25 @@ def test_some_rows_are_measured_and_said_to_be_some(shelf: Path) -> None:
     assert (
         " 3 of 4 " in ahl("convert", "echo@1", "--rank", "1", "--rows", "3", "--name", "one", "--store", shelf).stdout
     )
+
+
+def test_a_row_of_zeros_decides_nothing(shelf: Path) -> None:
+    done = ahl("combine", "parrot@1", "echo@1", "--rows", "2", "--name", "part", "--store", shelf)
+    measured = told("show", "part", "--store", shelf)["card"]["origin"]["measured"]
+    (alone,) = [one["alone"] for one in measured if one["parent"] == "parrot@1"]
+    assert alone["exact_match"] == 0  # after two steps of a random model
+    note = f"parrot@1 alone has 0 in {', '.join(alone)}, and 0 cannot fall: that decides nothing."
+    assert note in done.stdout.splitlines()
+
+
+def test_the_head_is_asked_for_as_the_option(two_moods: Path) -> None:
+    done = ahl("combine", "moods@1", "mirth@1", "--store", two_moods)
+    assert done.exit_code == 1
+    assert "Say whose comes along: --head moods@1 or --head mirth@1." in done.stderr
+    assert "combining" not in done.stderr
+    assert "head_of" not in done.stderr
+    told_heads = ahl("conflicts", "moods@1", "mirth@1", "--store", two_moods).stdout
+    assert "one head alone can come along: `ahl combine ... --head moods@1`" in told_heads
 
 
 def test_the_usual_number_of_rows_is_that_of_the_package() -> None:
@@ -117,7 +150,7 @@ def test_without_evaluation_no_base_is_loaded(shelf: Path) -> None:
     done = ahl("combine", "parrot", "echo", "--error", "1%", "--method", "svd", "--no-eval", "--name", "quick",
                "--store", shelf)  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    assert "not measured: It was not asked for." in done.stdout
+    assert "--no-eval: neither its effect on the base nor its metrics were measured" in done.stdout
     assert "Measure it with `ahl eval quick@1`" in done.stdout
     assert "again" not in done.stdout
     assert "loading" not in done.stderr
@@ -158,6 +191,7 @@ def test_a_mix_works_in_other_commands(shelf: Path, shop: Shop, tmp_path: Path) 
         (["parrot", "parrot@1"], 1, "named twice"),
         (["parrot", "moods"], 1, "their weights and config and tokenizer differ"),
         (["parrot", "nobody"], 1, "nobody"),
+        (["parrot", "--no-eval"], 1, "parrot@1 alone, with weight 1, would be stored again"),
     ],
 )
 def test_what_combine_refuses(shelf: Path, arguments: list[str], code: int, message: str) -> None:
@@ -175,7 +209,10 @@ def test_conflicts_as_text_json_and_picture(shelf: Path, tmp_path: Path) -> None
     picture = tmp_path / "conflicts.png"
     done = ahl("conflicts", "parrot@1", "echo@1", "--plot", picture, "--store", shelf)
     assert done.exit_code == 0, done.stderr
-    lines = done.stdout.splitlines()
+    first, usual, blank, *lines = done.stdout.splitlines()
+    assert first == "1 * parrot@1 + 1 * echo@1: all figures are of this sum."
+    assert usual == "No weights were given; `ahl combine` with method linear then takes 0.5 each."
+    assert blank == ""
     assert lines[0].split() == ["A", "B", "COSINE", "INPUTS", "OUTPUTS", "SIGNS", "NORMS"]
     assert lines[1].split()[:2] == ["parrot@1", "echo@1"]
     assert lines[3].split() == ["LAYER", "COSINE", "INPUTS", "OUTPUTS", "SIGNS", "PARROT@1", "ECHO@1", "WINNER"] or (
@@ -185,11 +222,15 @@ def test_conflicts_as_text_json_and_picture(shelf: Path, tmp_path: Path) -> None
     assert any(line.startswith("Of the sum parrot@1 ") for line in lines)
     assert lines[-1] == f"It is drawn in {picture}."
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert any("parrot@1 and echo@1: both were trained on the same data" in line for line in lines)
+    minus = ahl("conflicts", "parrot@1=1", "echo@1=-0.5", "--store", shelf).stdout.splitlines()
+    assert minus[:2] == ["1 * parrot@1 - 0.5 * echo@1: all figures are of this sum.", ""]
+    assert any(line.startswith("echo@1 (weight -0.5) is subtracted, for forgetting") for line in minus)
     found = told("conflicts", "parrot@1=1", "echo@1=-0.5", "--store", shelf)
     assert (found["members"], found["weights"]) == (["parrot@1", "echo@1"], [1.0, -0.5])
     assert found["advice"]["method"]
     assert len(found["modules"]) == 14
-    first = ahl("conflicts", "parrot@1", "echo@1", "--modules", "--store", shelf).stdout.splitlines()
+    first = ahl("conflicts", "parrot@1", "echo@1", "--modules", "--store", shelf).stdout.splitlines()[3:]
     assert first[3].split()[0] == "MODULE"
     assert len([line for line in first if line.startswith("model.layers.")]) == 14
 
@@ -216,15 +257,19 @@ def test_convert(shelf: Path) -> None:
     assert lines[1] == "  echo@1 (lora) as lora"
     assert "relative error" in lines[2]
     assert "at most" in lines[2]
+    assert lines[3].endswith(" parameters: 67% saved")
+    large = ahl("convert", "echo@1", "--error", "0.0001%", "--no-eval", "--name", "large", "--store", shelf)
+    assert "parameters: hardly any are saved" in large.stdout
     found = told("convert", "echo@1", "--error", "0.5", "--name", "small", "--no-eval", "--store", shelf)
     assert (found["ref"], found["origin"]["options"], found["not_measured"]) == (
-        "small@1", {"error": 0.5}, "It was not asked for.",
+        "small@1", {"error": 0.5}, "Measuring was turned off.",
     )  # fmt: skip
     shown = ahl("show", "small", "--store", shelf).stdout.splitlines()
     (line,) = [line for line in shown if line.startswith("made from")]
     assert line.split()[2:5] == ["echo@1,", "relative", "error"]
     for arguments, code, message in (
         (["echo", "--rank", "1", "--error", "1%"], 2, "exclude each other"),
+        (["echo", "--rank", "400"], 1, "echo@1 has rank 3 already"),
         (["echo", "--to", "dora"], 1, "'dora' is not a method"),
         (["echo", "--rank", "0"], 2, "rank"),
         (["nobody", "--rank", "1"], 1, "nobody"),

@@ -203,6 +203,14 @@ def test_slerp_of_whole_changes(mix: str, t: float):
         start += len(part)
 
 
+def test_the_angle_of_slerp_is_no_warning():
+    events: list[object] = []
+    made = combine(members(MIXES["ranks"][:2], [0.5, 0.5]), "slerp", on_event=events.append)
+    (angle,) = [event for event in events if isinstance(event, Note) and "degrees between them" in event.text]
+    assert angle.level == "info"
+    assert angle.text in made.notes
+
+
 def test_slerp_takes_two():
     with pytest.raises(Unsupported, match="takes 2 adapters, not 3"):
         combine(members(MIXES["ranks"], [1, 1, 1]), "slerp")
@@ -490,7 +498,7 @@ def test_heads_are_not_summed():
     with pytest.raises(Unsupported, match="heads are not summed") as caught:
         combine([(one, 0.5), (other, 0.5)], "linear")
     assert "lora-1, lora-3" in str(caught.value)
-    assert "--head" in caught.value.hint
+    assert "head_of" in caught.value.hint
     for index, value in ((0, 1.0), (1, 2.0)):
         made = combine([(one, 0.5), (other, 0.5)], "linear", head_of=index).adapter
         assert torch.equal(made.tensors[key], torch.full((2, 12), value))

@@ -293,7 +293,7 @@ def test_events_say_how_it_goes(shelf: Shelf) -> None:
     assert "combining 0.7 * sql@1 + 0.3 * tone@1 by ties" in stages
     titles = {event.title for event in events if isinstance(event, Progress)}
     assert "measuring sql-tone-mix on test of tone@1" in titles
-    assert "measuring sql-tone-mix on test of sql@1: 5 of 8 rows to answer" in stages
+    assert "measuring sql-tone-mix on test of sql@1: 5 rows (8 answers in all)" in stages
     assert not any("alone" in title for title in titles)  # the parents were measured when they were trained
 
 
@@ -433,7 +433,7 @@ def test_its_own_base_is_loaded_where_it_is_on_the_disk(shelf: Shelf) -> None:
     found = make_combined(["sql@1", "tone@1"], "linear", Options(), Setting(shelf.store))
     assert (found.not_measured, len(found.measured)) == ("", 2)
     asked = make_combined(["sql@1", "tone@1"], "linear", Options(), Setting(shelf.store, evaluate=False))
-    assert (asked.not_measured, asked.card.effect) == ("It was not asked for.", {})
+    assert (asked.not_measured, asked.card.effect) == ("Measuring was turned off.", {})
 
 
 def test_adapters_of_two_bases_are_refused(shelf: Shelf) -> None:
@@ -491,7 +491,10 @@ def test_members_trained_in_other_precisions_are_told(shelf: Shelf) -> None:
         ((["sql@1", "tone@1"],), {"error": 1.0}, "no relative error"),
         ((["sql@1"], "slerp"), {}, "takes 2 adapters"),
         ((["sql@1"],), {"head": "tone@1"}, "tone@1 is not among the adapters"),
-        ((["sql@1"],), {"head": "sql@1"}, "has no head"),
+        ((["sql@1", "tone@1"],), {"head": "sql@1"}, "has no head"),
+        ((["sql@1"],), {"evaluate": False}, "sql@1 alone, with weight 1, would be stored again"),
+        (({"sql@1": 1, "tone@1": 0},), {}, "With the weight 0 of tone@1, sql@1 alone"),
+        ((["sql@1"], "magnitude_prune"), {"density": 1.0}, "sql@1 alone"),
         ((["sql@1"], "ties"), {"density": 0.0}, "no share of values"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from adapterhub_lite.combining.changes import Change, Changes, changes_of
 from adapterhub_lite.combining.conflicts import ConflictReport, conflicts
 from adapterhub_lite.combining.low_rank import LowRank
 from adapterhub_lite.combining.streamed import BLOCK
+from adapterhub_lite.combining.terms import weighted_sum
 from adapterhub_lite.errors import AdapterMismatch, Unsupported
 from adapterhub_lite.events import Progress
 from adapterhub_lite.formats.specs import LoraSpec
@@ -187,17 +190,20 @@ def test_opposites_cancel_and_nobody_wins() -> None:
     assert (met.cosine, met.sign_conflict) == (pytest.approx(-1), 1)
     assert (report.whole.shares, report.whole.winner) == ((None, None), None)
     assert report.whole.kept == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
-    assert report.advice.method == "ties"
+    assert report.advice.method == "task_arithmetic"
+    assert "b and a agree before weights (cosine +1.00), so this takes from a too" in report.advice.why
 
 
-def apart(**scales: float) -> ConflictReport:
+def apart(
+    *, weights: Sequence[float] = (1.0, 1.0), data: Sequence[str] | None = None, **scales: float
+) -> ConflictReport:
     """Changes of one module that share neither inputs nor outputs."""
     down, up = torch.eye(20, dtype=torch.float64), torch.eye(24, dtype=torch.float64)
     members = []
     for i, (name, scale) in enumerate(scales.items()):
         part = slice(3 * i, 3 * i + 3)
-        members.append((changes(name, q=LowRank(down[part], scale * up[:, part])), 1.0))
-    return conflicts(members)
+        members.append((changes(name, q=LowRank(down[part], scale * up[:, part])), weights[i]))
+    return conflicts(members, trained_on=data)
 
 
 def test_changes_that_do_not_meet_are_added() -> None:
@@ -206,7 +212,68 @@ def test_changes_that_do_not_meet_are_added() -> None:
     assert (met.cosine, met.inputs, met.outputs) == (0, 0, 0)
     assert report.whole.kept == (1, 1)
     assert report.whole.winner is None
-    assert (report.advice.method, report.advice.why.startswith("They hardly meet")) == ("linear", True)
+    assert report.advice.method == "linear"
+    assert "nearly orthogonal in weights, which does not show that their tasks are independent" in report.advice.why
+    assert "(--weights 1,1); `ahl combine` measures that." in report.advice.why
+
+
+def test_what_is_subtracted_is_forgotten() -> None:
+    advice = apart(a=1.0, b=1.0, weights=(1.0, -1.0)).advice
+    assert advice.method == "task_arithmetic"
+    assert advice.why.startswith("b (weight -1) is subtracted, for forgetting what it does: method task_arithmetic ")
+    assert "does not show that their tasks are independent, so what is kept may suffer too" in advice.why
+    one = low_rank(24, 40, 3, 1)
+    opposite = LowRank(one.down, -one.up)
+    report = conflicts([(changes("a", q=one), 1.0), (changes("b", q=opposite), -0.5)])
+    assert "opposite before weights (cosine -1.00), so that subtracting one strengthens the other" in report.advice.why
+    both = apart(a=1.0, b=1.0, weights=(-1.0, -1.0)).advice
+    assert both.why.startswith("a (weight -1), b (weight -1) are subtracted, for forgetting what they do")
+
+
+def test_seeds_of_one_task_are_averaged_however_orthogonal_they_are() -> None:
+    advice = apart(a=1.0, b=1.0, data=["d1", "d1"]).advice
+    told = "a and b: both were trained on the same data: average them (0.5 each) or take the better one"
+    assert advice.why == f"{told}; with these weights what they share is applied 2 times; `ahl combine` measures that."
+    half = apart(a=1.0, b=1.0, weights=(0.5, 0.5), data=["d1", "d1"]).advice
+    assert half.why == f"{told}; `ahl combine` measures that."
+    for data in (["d1", "d2"], ["", ""]):
+        assert "same data" not in apart(a=1.0, b=1.0, data=data).advice.why
+
+
+def test_one_head_alone_comes_along() -> None:
+    heads = [{"score.weight": torch.full((2, 12), value)} for value in (1.0, 2.0)]
+    one, other = (changes(name, q=low_rank(24, 40, 2, i)) for i, name in enumerate(("a", "b")))
+    report = conflicts([(replace(one, head=heads[0]), 1.0), (replace(other, head=heads[1]), 1.0)])
+    assert report.advice.notes == (
+        "a, b each bring a head, and one head alone can come along: `ahl combine ... --head a`.",
+    )
+    same = conflicts([(replace(one, head=heads[0]), 1.0), (replace(other, head=heads[0]), 1.0)])
+    assert same.advice.notes == ()
+    assert conflicts([(replace(one, head=heads[0]), 1.0), (other, 1.0)]).advice.notes == ()
+
+
+def test_steps_are_computed_on_one_thread_and_the_number_is_as_before() -> None:
+    before, seen = torch.get_num_threads(), set()
+    rows = LowRank.rows
+
+    def counted(self: LowRank, start: int, stop: int) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return rows(self, start, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LowRank, "rows", counted)
+        torch.set_num_threads(2)
+        try:
+            conflicts(three())
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+    assert seen == {1}
+
+
+def test_the_sum_as_text() -> None:
+    assert weighted_sum([("a", 1.0), ("b", -0.5), ("c", 2)]) == "1 * a - 0.5 * b + 2 * c"
+    assert weighted_sum([("a", -1.0)]) == "-1 * a"
 
 
 def test_a_loud_change_is_named() -> None:
@@ -240,6 +307,7 @@ def test_a_member_of_weight_zero_changes_nothing() -> None:
     report = conflicts([(changes("a", q=low_rank(24, 40, 2, 1)), 1.0), (changes("b", q=low_rank(24, 40, 2, 2)), 0.0)])
     assert (report.whole.norms[1], report.whole.shares, report.whole.winner) == (None, (pytest.approx(1), None), "a")
     assert report.whole.meetings[0].cosine is None
+    assert report.advice.why == "b has the weight 0, so there is nothing to settle."
 
 
 def test_an_order_by_layers_and_events() -> None:
@@ -276,6 +344,7 @@ def test_the_plain_form_is_json_and_the_picture_a_png(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["conflicts.pdf", "conflicts.png", "conflicts.svg"]
     parts = [(changes(f"m{i}", q=low_rank(8, 8, 1, i), mlp=low_rank(8, 8, 1, i + 50)), 1.0) for i in range(12)]
     draw_conflicts(conflicts(parts), tmp_path / "many.svg")
+    assert "0.7 * a@1 - 1.3 * b@2 + 0.4 * c@1" in (tmp_path / "conflicts.svg").read_text()
     assert "the 30 of 66 pairs that agree least" in (tmp_path / "many.svg").read_text()
     with pytest.raises(Unsupported, match="does not end in"):
         draw_conflicts(report, tmp_path / "conflicts.gif")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from adapterhub_lite.bases.load import Base, load_base
 from adapterhub_lite.combining.combine import Options
 from adapterhub_lite.errors import BaseMismatch, StoreError, Unsupported
+from adapterhub_lite.events import Note
 from adapterhub_lite.names import Ref
 from adapterhub_lite.recipe import load_recipe
 from adapterhub_lite.runtime.runtime import Runtime
@@ -102,6 +103,37 @@ def test_an_error_chooses_the_ranks(store: Store, tiny_base: Any, tmp_path: Path
     peers.assert_logits_equal(logits(base, store, exact), logits(base, store, "sql@1"), 1e-5)
 
 
+def test_a_rank_that_it_has_already_is_refused(store: Store, tiny_base: Any, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    trained(store, base, tmp_path / "data", "sql", {"type": "lora", "rank": 3, "alpha": 12})
+    for rank in (3, 400):
+        with pytest.raises(Unsupported, match="sql@1 has rank 3 already") as caught:
+            convert("sql@1", rank=rank, store=store, evaluate=False)
+        assert caught.value.hint == "Give less than 3; `ahl alias` gives it another name."
+    assert [entry.name for entry in store.list()] == ["sql"]
+    settings = peft.LoKrConfig(r=2, alpha=4, target_modules=["q_proj"], init_weights=False)
+    ref, _ = imported(store, base, tmp_path, "llama", "other", settings)
+    events: list[Any] = []
+    found = make_converted(ref, Setting(store, base, evaluate=False, on_event=events.append), rank=1000)
+    rank = found.card.adapter["rank"]
+    assert 0 < rank < 1000
+    assert found.ref.name == f"other-r{rank}"
+    note = f"Rank {rank} holds all of it: rank 1000 was asked for."
+    assert note in [event.text for event in events if isinstance(event, Note)]
+    assert note in found.combined.notes
+
+
+def test_a_large_error_is_warned_of(store: Store, tiny_base: Any, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    trained(store, base, tmp_path / "data", "sql", {"type": "lora", "rank": 6, "alpha": 12})
+    for error, warned in ((0.6, True), (0.05, False)):
+        events: list[Any] = []
+        found = make_converted("sql@1", Setting(store, base, evaluate=False, on_event=events.append), error=error)
+        large = [event for event in events if isinstance(event, Note) and event.level == "warning"]
+        assert (found.combined.error > 0.2) == warned == bool(large)
+        assert found.card.origin["from_parameters"] == store.card("sql@1").adapter["parameters"]
+
+
 @pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
 def test_methods_of_their_own_become_lora(store: Store, tiny_base: Any, tmp_path: Path, kind: str) -> None:
     base = tiny_base("llama")
@@ -119,6 +151,13 @@ def test_a_prefix_stays_a_prefix(store: Store, tiny_base: Any, tmp_path: Path) -
     for attempt in (lambda: convert(ref, rank=2, store=store), lambda: combine([ref], store=store)):
         with pytest.raises(Unsupported, match="keys and values before the text, not a change of weights"):
             attempt()
+    trained(store, base, tmp_path / "data", "sql", {"type": "lora", "rank": 2, "alpha": 4})
+    events: list[Any] = []
+    for both in (conflicts, combine):
+        with pytest.raises(Unsupported, match="front@1 is a prefix"):
+            both(["sql@1", ref], store=store, on_event=events.append)
+    assert events == []
+    store.remove("sql@1")
     with pytest.raises(Unsupported, match="'vera' is not a method"):
         convert(ref, to="vera", store=store)
     with pytest.raises(Unsupported, match="both given"):
@@ -230,8 +269,24 @@ def test_a_mix_of_classifiers_has_one_head(store: Store, tiny_base: Any, tmp_pat
     moods(store, base, tmp_path / "a", "one")
     moods(store, base, tmp_path / "b", "two", seed=1)
     moods(store, base, tmp_path / "c", "words", names)
-    with pytest.raises(Unsupported, match=r"each bring a head.*--head"):
-        combine(["one@1", "two@1"], store=store, base=base)
+    events: list[Any] = []
+    for choose, how in (
+        ({}, 'head="one@1" or head="two@1"'),
+        ({"choose_head": "--head {}"}, "--head one@1 or --head two@1"),
+    ):
+        with pytest.raises(Unsupported, match="each bring a head of their own") as caught:
+            make_combined(
+                ["one@1", "two@1"], "linear", Options(), Setting(store, base, on_event=events.append), **choose
+            )
+        assert caught.value.hint == f"Say whose comes along: {how}."
+    assert events == []  # nothing was begun
+    report = conflicts(["one@1", "two@1"], store=store, base=base)
+    assert "one@1 and two@1: both were trained on the same data: average them (0.5 each) or" in report.advice.why
+    (note,) = report.advice.notes
+    assert note.endswith("one head alone can come along: `ahl combine ... --head one@1`.")
+    assert combine(
+        ["one@1", "two@1"], weights=[0.5, 0], store=store, evaluate=False
+    )  # who takes no part brings no head
     found = make_combined(
         {"one@1": 0.4, "two@1": 0.5, "words@1": 0.9}, "linear", Options(), Setting(store, base), head="one"
     )

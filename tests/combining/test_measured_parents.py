@@ -71,7 +71,7 @@ def test_parents_that_were_measured_here_are_not_measured_again(shelf: Shelf, as
         assert (one.rows, one.of_rows) == (card.data["test"]["rows"],) * 2
     known = dict.fromkeys(shelf.store.card("sql@1").metrics["test"], 0.777)
     shelf.put("sql@1", "known", metrics={"test": known})
-    assert mixed(shelf, ["known@1"]).measured[0].alone == known
+    assert mixed(shelf, {"known@1": 0.5}).measured[0].alone == known
 
 
 def test_claims_and_figures_of_another_base_are_not_taken(shelf: Shelf, asked: list[Any], tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_claims_and_figures_of_another_base_are_not_taken(shelf: Shelf, asked: l
     own = [one for one in found.measured if one.alone is not None]
     assert [one.alone for one in own] == [card.metrics["test"]] * 3
     assert {one.alone_since for one in own} == {""}
-    (again,) = mixed(shelf, ["got@1"]).measured
+    (again,) = mixed(shelf, {"got@1": 0.5}).measured
     assert (again.alone, again.alone_since) == (None, "")
 
 
@@ -128,11 +128,11 @@ def test_figures_of_some_rows_are_not_compared_with_those_of_all(shelf: Shelf) -
 def test_a_mix_of_mixes_takes_their_figures_of_the_same_rows(shelf: Shelf, asked: list[Any]) -> None:
     first = mixed(shelf, rows=2)
     asked.clear()
-    second = mixed(shelf, [first.ref], rows=2)
+    second = mixed(shelf, [(first.ref, 0.5)], rows=2)
     assert len(asked) == 2  # the new one, on two test sets
     assert [one.alone for one in second.measured] == [one.made for one in first.measured]
     asked.clear()
-    third = mixed(shelf, [first.ref], rows=4)
+    third = mixed(shelf, [(first.ref, 0.5)], rows=4)
     assert [rows for _, rows in asked] == [4, 4, 3, 3]
     assert [one.alone_since for one in third.measured] == ["", ""]
 
@@ -160,9 +160,9 @@ def test_the_rest_takes_as_long_as_what_was_answered(shelf: Shelf, monkeypatch: 
     monkeypatch.setattr(combine_measure.time, "perf_counter", lambda: float(next(clock)))
     events: list[Any] = []
     mixed(shelf, rows=2, on_event=events.append)
-    said = [event.title for event in events if "to answer" in getattr(event, "title", "")]
-    assert said[0].endswith("alone: 2 of 8 rows to answer")
-    assert "2 of 6 rows to answer, about" in said[1]
+    said = [event.title for event in events if " answers " in getattr(event, "title", "")]
+    assert said[0].endswith("alone: 2 rows (8 answers in all)")
+    assert ": 2 rows (6 of 8 answers left, about " in said[1]
 
 
 def test_an_interrupt_leaves_nothing_and_holds_nothing(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

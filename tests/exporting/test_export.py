@@ -307,22 +307,6 @@ def test_weights_of_conv1d_layers_are_quantised_and_output_layers_are_not(tiny_f
     assert not torch.equal(found, plain)
 
 
-def test_that_the_hubs_weights_may_be_others_is_said():
-    from adapterhub_lite.bases.catalog import CATALOG
-    from adapterhub_lite.formats.card import Card
-    from adapterhub_lite.workflows.export import _other_weights
-
-    name = next(key for key, entry in CATALOG.items() if entry.hub_id)
-    hub = CATALOG[name].hub_id
-    packaged = Card(base={"name": name}, origin={"kind": "trained"})
-    found = _other_weights(packaged, hub)
-    assert found is not None
-    assert (found.rule, found.severity, found.remedy) == ("base_weights", "info", "told")
-    assert hub in found.what
-    assert _other_weights(packaged, "mine/own") is None
-    assert _other_weights(Card(base={"name": name, "repo": hub}, origin={"kind": "trained"}), hub) is None
-
-
 def test_weights_of_another_base_are_refused(stored, base, tmp_path):
     from safetensors.torch import save_file
 

@@ -120,6 +120,10 @@ def test_vllms_largest_rank(bases, tmp_path):
     assert 0 < error < 1
     assert cut.adapter is not None
     assert cut.adapter.spec.rank == 16
+    given = refusals(made.prepare("vllm", max_rank=8).findings)[0]
+    assert given.what == "rank 24 is above your --max-rank 8."
+    assert "--max-rank 32" in given.done
+    assert "--rank 8" in given.done
     with pytest.raises(Unsupported, match="no largest rank of 24"):
         made.prepare("vllm", max_rank=24)
     with pytest.raises(Unsupported, match="takes ranks up to 16, not 20"):
@@ -134,6 +138,18 @@ def test_a_rank_between_kernels_is_padded(bases, tmp_path):
     assert found.adapter.spec.rank == 32
     assert [READERS["lorax"].padded(r) for r in (1, 16, 17, 128, 129, 200)] == [16, 16, 32, 128, 256, 256]
     assert READERS["vllm"].padded(7) == 7
+
+
+def test_a_largest_rank_below_every_kernel_has_no_cut_that_helps(bases, tmp_path):
+    made = build.make(bases("llama"), "llama", "lora", tmp_path / "in", r=2)
+    found = refusals(made.prepare("lorax", max_rank=8).findings)[0]
+    assert found.what == "rank 2, padded to 16, is above your --max-rank 8."
+    assert "--max-rank 16" in found.done
+    assert "--rank 8" not in found.done
+    large = build.make(bases("llama"), "llama", "lora", tmp_path / "large", r=16, rank_pattern={"q_proj": 130})
+    found = refusals(large.prepare("lorax", max_rank=64).findings)[0]
+    assert "--max-rank" not in found.done  # it has no kernels for more than 128
+    assert "--rank 64" in found.done
 
 
 def test_without_its_base(bases, tmp_path):
