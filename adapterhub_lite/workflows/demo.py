@@ -218,7 +218,8 @@ def _merge(store: Store, base: Base, sql: _Subject, say: Print, on_event: Listen
     report = merge(sql.ref, out, store=store, base=base, metric_rows=0, on_event=on_event)
     say(f"\n7. Merged into a standalone checkpoint, loaded with plain transformers: {out}")
     for line in report.lines():
-        say(f"   {line}")
+        if line not in report.notes:  # they tell that no metric was asked for, and it follows
+            say(f"   {line}")
     on_event(Stage("measuring the merged checkpoint with plain transformers"))
     with quiet():
         answers = plain_answers(out, base, sql.task, sql.test, on_event)

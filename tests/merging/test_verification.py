@@ -434,6 +434,14 @@ def test_the_better_bake_is_the_one_of_the_better_metric_within_the_thresholds()
     assert better([figures("dequantised", 2.0, 0.1), figures("original", 1.0, 0.0)], limits) == "original"
 
 
+def test_that_no_metric_was_asked_for_is_said(tmp_path, llama, store):
+    base, ref = llama
+    report = merge(ref, tmp_path / "out", store=store, base=base, metric_rows=0)
+    assert report.metrics == ()
+    assert "The metric of mine@1 was not measured, as asked for (--rows 0)." in report.lines()
+    assert report.to_dict()["notes"] == list(report.notes)
+
+
 def test_where_there_is_one_kind_of_weights_nothing_is_tried(tmp_path, llama, store):
     base, ref = llama
     report = merge(ref, tmp_path / "out", store=store, base=base, bake="measured")

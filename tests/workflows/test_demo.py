@@ -56,6 +56,7 @@ def test_the_demo_runs_and_writes_every_figure(tmp_path, tiny_demo):
     ):
         assert heading in text
     assert text.count("   ahl ") == 3
+    assert "was not measured" not in text  # the metric follows
 
 
 def test_an_unwritable_json_file_is_found_before_the_work(tmp_path, tiny_demo):
