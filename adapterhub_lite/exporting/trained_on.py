@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from ..bases.quantization import QUANTIZATIONS
+from ..merging.report import likeliest
 from .findings import Finding, one_of
 from .readers import Reader
 
 RULE = "base_quantization"
-_LABELS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def is_quantized(kind: object) -> bool:
@@ -87,4 +87,4 @@ def _figures(difference: object, task_type: object) -> str | None:
     kl, same = difference.get("mean_kl"), difference.get("top1_agreement")
     if not isinstance(kl, int | float) or not isinstance(same, float) or not 0 <= same <= 1 or not kl >= 0:
         return None
-    return f"{same:.1%} {'same label' if task_type in _LABELS else 'same next token'}, KL {kl:.2g} nats"
+    return f"{same:.1%} {likeliest(task_type)}, KL {kl:.2g} nats"

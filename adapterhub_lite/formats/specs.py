@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from .patterns import first_match
 
+HEADED = ("SEQ_CLS", "TOKEN_CLS")
+"""PEFT's task types of adapters with a head of their own: it gives labels, of a text or of each token."""
+
 
 @dataclass(frozen=True)
 class LoraSpec:

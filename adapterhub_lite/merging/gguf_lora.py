@@ -17,7 +17,7 @@ import torch
 from gguf import Keys
 
 from ..errors import AdapterMismatch, FormatError, Unsupported
-from ..events import Listener, Progress, ignore
+from ..events import Listener, ignore
 from ..store.fs import FileSystem
 from .gguf_names import Layout, Place
 from .gguf_writer import Body, Metadata, check_kind, type_of, write_file
@@ -68,14 +68,7 @@ def write_gguf_lora(
     metadata.text(Keys.General.NAME, name or path.stem)
     metadata.real(Keys.Adapter.LORA_ALPHA, float(alpha))
     metadata.integer(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION)
-    total, written = sum(body.nbytes for body in bodies), 0
-
-    def done(count: int) -> None:
-        nonlocal written
-        written += count
-        on_event(Progress("writing GGUF", written, total, "B"))
-
-    write_file(fs or FileSystem(), path, metadata, bodies, done)
+    write_file(fs or FileSystem(), path, metadata, bodies, on_event)
 
 
 def _place(layout: Layout, module: str) -> Place:

@@ -12,7 +12,7 @@ import torch
 from gguf import Keys
 
 from ..errors import AdapterMismatch, Unsupported
-from ..events import Listener, Note, Progress, ignore
+from ..events import Listener, Note, ignore
 from ..store.fs import FileSystem
 from .checkpoint import Planned
 from .gguf_names import Layout, Place
@@ -51,14 +51,7 @@ def write_gguf(
         StoreError: the file exists or could not be written.
     """
     metadata, bodies = _planned(plan, base_folder, kind, name or path.stem, on_event)
-    total, written = sum(body.nbytes for body in bodies), 0
-
-    def done(count: int) -> None:
-        nonlocal written
-        written += count
-        on_event(Progress("writing GGUF", written, total, "B"))
-
-    write_file(fs or FileSystem(), path, metadata, bodies, done)
+    write_file(fs or FileSystem(), path, metadata, bodies, on_event)
 
 
 def check_gguf(plan: MergePlan, base_folder: Path, kind: str = "f16") -> None:

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFValueType as ValueType
 
 from ..errors import FormatError, StoreError, Unsupported
+from ..events import Listener, Progress, ignore
 from ..store.fs import MUTABLE, FileSystem, discard, new_tmp, storing
 
 ALIGNMENT = int(gguf.GGUF_DEFAULT_ALIGNMENT)
@@ -142,12 +143,9 @@ def check_kind(kind: str, kinds: Sequence[str]) -> None:
 
 
 def write_file(
-    fs: FileSystem, path: Path, metadata: Metadata, bodies: Sequence[Body], done: Callable[[int], None]
+    fs: FileSystem, path: Path, metadata: Metadata, bodies: Sequence[Body], on_event: Listener = ignore
 ) -> None:
     """Write a GGUF file, whole or not at all; durable when it returns.
-
-    Args:
-        done: called with the bytes of each tensor written.
 
     Raises:
         StoreError: there is a file of that name, or it could not be written; StoreFull: no space left.
@@ -158,7 +156,7 @@ def write_file(
     staged = new_tmp(path.parent)
     try:
         with storing(f"write {path.name}", path.parent, sum(body.nbytes for body in bodies)):
-            _write(fs, staged, metadata, bodies, done)
+            _write(fs, staged, metadata, bodies, on_event)
             fs.replace(staged, path)
     except BaseException:
         discard(fs, staged)
@@ -166,13 +164,15 @@ def write_file(
     fs.fsync_dir(path.parent)
 
 
-def _write(fs: FileSystem, path: Path, metadata: Metadata, bodies: Sequence[Body], done: Callable[[int], None]) -> None:
+def _write(fs: FileSystem, path: Path, metadata: Metadata, bodies: Sequence[Body], on_event: Listener) -> None:
+    total, written = sum(body.nbytes for body in bodies), 0
     fd = fs.create(path, MUTABLE)
     try:
         _write_all(fs, fd, _padded([_header(metadata, bodies)]))
         for body in bodies:
             _write_all(fs, fd, _padded(body.blocks(), body.nbytes))
-            done(body.nbytes)
+            written += body.nbytes
+            on_event(Progress("writing GGUF", written, total, "B"))
         fs.fsync(fd)
     finally:
         fs.close(fd)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..formats.specs import HEADED
 from .compare import Difference as Difference
 from .compare import RowDifference as RowDifference
 from .compare import compare_logits as compare_logits
@@ -198,7 +199,7 @@ class MergeReport:
     @property
     def likeliest(self) -> str:
         """What the likeliest class of a logit is called."""
-        return "same label" if self.task_type in ("SEQ_CLS", "TOKEN_CLS") else "same next token"
+        return likeliest(self.task_type)
 
     @property
     def checks(self) -> list[Check]:
@@ -288,6 +289,11 @@ class MergeReport:
             found[0] = f"with the residual adapter of rank {self.residual_rank}, {found[0]}"
             found.append(f"without it: {_difference_text(self.bare_difference, self)}")
         return found
+
+
+def likeliest(task_type: object) -> str:
+    """How a share of equal likeliest classes is told, by PEFT's task type."""
+    return "same label" if task_type in HEADED else "same next token"
 
 
 def _difference_text(d: Difference, report: MergeReport) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-PARTS = ("train", "validation", "test")
+from .schema import DataConfig
+
+_PARTS = [part.name for part in fields(DataConfig)]
 _PLAIN = re.compile(r"[\w./-]+")
 
 
@@ -28,7 +31,7 @@ def copied_text(path: Path) -> str:
 def _relative_paths(root: yaml.Node | None) -> list[yaml.ScalarNode]:
     """The nodes of data's relative paths, in the order of the text."""
     parts = _below(_below(root).get("data"))
-    named = [node for name in PARTS if isinstance(node := parts.get(name), yaml.ScalarNode)]
+    named = [node for name in _PARTS if isinstance(node := parts.get(name), yaml.ScalarNode)]
     relative = [node for node in named if not Path(node.value).is_absolute()]
     return sorted(relative, key=lambda node: node.start_mark.index)
 

@@ -14,6 +14,7 @@ from ..errors import AdapterHubError, DataError, StoreError, Unsupported
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..events import Stage
 from ..formats.card import examples_of, spread
+from ..formats.specs import HEADED
 from ..names import Ref
 from ..runtime.certificate import measure
 from ..runtime.runtime import Runtime
@@ -22,8 +23,6 @@ from ..tasks.rows import Rows
 from .combine_data import HeldOut, part_name
 from .combine_figures import own_metrics
 from .combine_setting import Setting
-
-_HEADED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def _other_head(adapter: Adapter, one: HeldOut, own_task: Mapping[str, Any]) -> 
 
     The parent can be measured nevertheless. "" where it can.
     """
-    headed = adapter.spec.task_type in _HEADED
+    headed = adapter.spec.task_type in HEADED
     if headed and list(one.task.get("labels") or ()) != list(own_task.get("labels") or ()):
         return f"{adapter.name} has a head for other labels than those of {one.parent}."
     return ""

@@ -10,7 +10,7 @@ from ..adapters.injected import check_options
 from ..errors import AdapterMismatch, FormatError, NotFound, Problem, RecipeError, Unsupported
 from ..formats.card import Card
 from ..formats.peft_config import parse_adapter_config
-from ..formats.specs import LoraSpec, PrefixSpec, Spec
+from ..formats.specs import HEADED, LoraSpec, PrefixSpec, Spec
 from ..names import Ref
 from ..recipe import LoraAdapter, PrefixAdapter, Recipe
 from ..recipe.options import PeftAdapter
@@ -18,7 +18,6 @@ from ..store import Store
 from ..tasks.task import Task
 from ..training.trainable_peft import check_method, option_problems
 
-_HEADS = ("SEQ_CLS", "TOKEN_CLS")  # classes of PEFT whose adapters are of encoders with a head
 _AS_TRAINED = "Give the recipe the adapter part that it was trained with (`ahl show` tells it)."
 
 
@@ -122,7 +121,7 @@ def _other_lora(adapter: LoraAdapter, spec: LoraSpec, name: str) -> Iterator[tup
 
 def _other_labels(spec: Spec, card: Card, task: Task, name: str) -> Iterator[tuple[str, str]]:
     before, now = card.task.get("labels"), task.config.get("labels")
-    if spec.task_type in _HEADS and before and list(before) != list(now or ()):
+    if spec.task_type in HEADED and before and list(before) != list(now or ()):
         yield (
             f"{name} has {len(before)} labels ({', '.join(before[:5])}), "
             f"this task {len(now or ())} ({', '.join((now or ())[:5])}).",

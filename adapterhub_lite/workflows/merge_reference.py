@@ -16,6 +16,7 @@ from ..bases.quiet import quiet
 from ..errors import Unsupported
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..events import Listener, Progress, Stage, ignore
+from ..formats.specs import HEADED
 from ..merging.checkpoint import Checkpoint
 from ..merging.inputs import Inputs, inputs_of
 from ..merging.residual import Factors
@@ -25,7 +26,7 @@ from ..store import Store
 from ..tasks.rows import Rows
 from ..tasks.task import Task
 from .merge_expected import Expected
-from .merge_served import HEADED, decoder_rows, logits_of
+from .merge_served import decoder_rows, logits_of
 from .merge_stream import streamed_model
 
 Members = Sequence[tuple[Ref, float]]

@@ -20,6 +20,7 @@ from ..bases.quiet import quiet
 from ..errors import Unsupported
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..events import Listener, Progress, ignore
+from ..formats.specs import HEADED
 from ..merging.gguf_names import Layout
 from ..names import Ref
 from ..runtime.prompting import class_ids, class_limit
@@ -33,7 +34,6 @@ from ..tasks.task import Task
 from ..tasks.words import pieces
 from .merge_stream import model_class
 
-HEADED = ("SEQ_CLS", "TOKEN_CLS")
 GGUF = "model.gguf"
 _BYTES = 256 << 20  # of logits of one forward
 _DECODED = 16  # tokens that the decoder of an encoder-decoder is given
